@@ -1,0 +1,363 @@
+"""One validated, typed config per job: the only place where a default is written.
+
+Every job takes `--config FILE.yaml` and `--section.field value` overrides; both end in one of the trees below.
+Unknown keys and values out of range are refused here, before any model is touched. The resolved tree is saved beside
+what the job writes, so that an output folder can say which config it belongs to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+TaskName = Literal["feature_description", "activation_patching", "input_ablation"]
+Method = Literal[
+    "explainer",
+    "majority",
+    "nearest_neighbor",
+    "zero_shot",
+    "no_vector",
+    "zero_vector",
+    "swapped_vector",
+    "self_scales",
+]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Config(BaseModel):
+    """A node of a config tree: immutable, and closed to keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    def fingerprint(self) -> str:
+        """16 hex digits that are equal for equal resolved trees, on any machine."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+class ModelConfig(Config):
+    """A causal language model, by folder, by hub id, or `pocket:target_a` / `pocket:target_b`."""
+
+    path: str = "pocket:target_a"
+    """Folder, hub id, or `pocket:NAME` for a model that ships with the package."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Dtype of the weights in memory; `auto` takes the checkpoint's."""
+    device: str = "auto"
+    """`auto` takes a GPU if the process has one, else the CPU."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation of transformers."""
+    revision: str | None = None
+    """Revision of a hub model."""
+    trust_remote_code: bool = False
+    """Run code that a checkpoint brings along."""
+
+
+class SourceConfig(Config):
+    """Where the rows come from that a task turns into records."""
+
+    path: str = "pocket"
+    """`pocket` for the embedded world, else a file (json, jsonl, csv, parquet; local or any fsspec URL)."""
+    format: Literal["auto", "counterfact", "known_facts", "mmlu", "latent_labels"] = "auto"
+    """Row format; `auto` reads it off the columns."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Use at most so many source rows, taken in file order."""
+
+
+class SplitConfig(Config):
+    """Shares of the groups (subjects, questions, latents) per split; a stable hash of the group key decides."""
+
+    train: Fraction = 0.7
+    validation: Fraction = 0.05
+    test: Fraction = 0.25
+    salt: str = "introspect_ray"
+    """Another salt gives another, equally stable assignment."""
+
+    @model_validator(mode="after")
+    def _sums_to_one(self) -> Self:
+        total = self.train + self.validation + self.test
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"train + validation + test must be 1, found {total:g}")
+        return self
+
+
+class FeatureDescriptionConfig(Config):
+    """Task 1: which latents, and their descriptions."""
+
+    sae: str = "pocket:sae"
+    """Folder of a sae-lens SAE or transcoder whose decoder rows are the vectors, or `pocket:sae`."""
+    minimum_score: Fraction = 0.7
+    """Latents whose best label scores lower are left out, counted as `label_score_too_low`."""
+
+
+class ActivationPatchingConfig(Config):
+    """Task 2: P1 section 2.3."""
+
+    num_blocks: Annotated[int, Field(ge=1)] = 4
+    """The target's layers are cut into so many equal blocks of consecutive layers."""
+    num_options: Annotated[int, Field(ge=2, le=26)] = 6
+    """Answer options named in the prompt, the two true ones included."""
+    instruction: str = "\nRespond with one of {options} and nothing else.\nAnswer:"
+    """Follows the factual prompt; `{options}` becomes `X or Y or ...`."""
+    pairs_per_subject: Annotated[int, Field(ge=1)] = 2
+    """Counterfactual partners per prompt."""
+    subjects_per_group: Annotated[int, Field(ge=2)] = 4
+    """Validation and test subjects are paired only within groups of this size, so that groups are independent."""
+    balance: bool = True
+    """Select equally many changed and unchanged records per (block, kind of position) for training and evaluation."""
+
+
+class InputAblationConfig(Config):
+    """Task 3: multiple-choice questions with a hint."""
+
+    hint: str = "\nHint: {letter}"
+    """Wording of the span that is ablated; `{letter}` becomes the hinted option's letter."""
+    policy: Literal["random", "wrong", "correct"] = "random"
+    """Which option a hint names."""
+    question: str = "{question}\n{options}{hint}\nAnswer:"
+    """Layout of the prompt; `{options}` holds one `A. text` line per choice."""
+    option: str = "{letter}. {choice}"
+    """Layout of one option line."""
+
+
+class ActorConfig(Config):
+    """The pool of Ray actors that hold a model."""
+
+    min_size: Annotated[int, Field(ge=1)] = 1
+    initial_size: Annotated[int, Field(ge=1)] = 1
+    max_size: Annotated[int, Field(ge=1)] = 1
+    num_cpus: Annotated[float, Field(ge=0)] = 1
+    num_gpus: Annotated[float, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.min_size <= self.initial_size <= self.max_size:
+            raise ValueError(
+                "sizes must satisfy min_size <= initial_size <= max_size, "
+                f"found {self.min_size}, {self.initial_size}, {self.max_size}"
+            )
+        return self
+
+
+class GenerateConfig(Config):
+    """jobs/generate_dataset.py: run one task's procedure on a target and write a sharded dataset."""
+
+    task: TaskName = "activation_patching"
+    output: str = "runs/dataset"
+    """Dataset folder (any fsspec URL)."""
+    target: ModelConfig = ModelConfig()
+    source: SourceConfig = SourceConfig()
+    split: SplitConfig = SplitConfig()
+    feature_description: FeatureDescriptionConfig = FeatureDescriptionConfig()
+    activation_patching: ActivationPatchingConfig = ActivationPatchingConfig()
+    input_ablation: InputAblationConfig = InputAblationConfig()
+    actors: ActorConfig = ActorConfig()
+    items_per_shard: Annotated[int, Field(ge=1)] = 256
+    """Work items (prompt pairs, questions, latents) per shard: the unit that is written, skipped and redone."""
+    vector_dtype: Literal["float16", "float32"] = "float16"
+    """Dtype of vectors on disk."""
+    max_failed_share: Fraction = 0.5
+    """The run fails if a larger share of its records ends with a reason instead of a truth."""
+    seed: int = 0
+
+
+class LoraConfig(Config):
+    """Low-rank adapters; P1 patching defaults."""
+
+    rank: Annotated[int, Field(ge=1)] = 128
+    alpha: Annotated[float, Field(gt=0)] = 16
+    dropout: Fraction = 0.1
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class ExplainerConfig(Config):
+    """What an explainer starts from and how vectors enter it."""
+
+    model: ModelConfig = ModelConfig()
+    projection: Literal["auto", "none", "linear"] = "auto"
+    """`auto`: a linear map per target layer where the widths differ, none where they are equal."""
+    vector_scale: Annotated[float, Field(gt=0)] | None = None
+    """Scale every vector to this multiple of the mean token-embedding norm; none leaves vectors as they are."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 24
+    """Longest answer that is generated."""
+
+
+class OptimizationConfig(Config):
+    """AdamW with linear warm-up and a constant or cosine rate afterwards."""
+
+    steps: Annotated[int, Field(ge=1)] = 600
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    """Examples per optimizer step, over all workers."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup_share: Fraction = 0.1
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+
+
+class TrainerConfig(Config):
+    """Ray Train: workers, checkpoints, recovery."""
+
+    num_workers: Annotated[int, Field(ge=1)] = 1
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    checkpoint_every: Annotated[int, Field(ge=1)] = 200
+    """Optimizer steps between checkpoints."""
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    """Newest checkpoints that stay; at least two, so that the newest is never the only one."""
+    log_every: Annotated[int, Field(ge=1)] = 10
+    """Optimizer steps between lines of metrics.jsonl."""
+    micro_batch_tokens: Annotated[int, Field(ge=1)] = 1024
+    """Largest padded size of one forward pass on one worker; more is faster on a GPU, less is faster on a CPU."""
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """Worker failures that are recovered from before the run fails."""
+
+
+class TrainConfig(Config):
+    """jobs/train_explainer.py: fine-tune an explainer on datasets that generate_dataset.py wrote."""
+
+    datasets: tuple[str, ...] = ("runs/dataset",)
+    """Dataset folders; their records are mixed in proportion to their size."""
+    output: str = "runs/explainer"
+    explainer: ExplainerConfig = ExplainerConfig()
+    method: Literal["full", "lora"] = "full"
+    lora: LoraConfig = LoraConfig()
+    optimization: OptimizationConfig = OptimizationConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    seed: int = 0
+
+
+class EvaluationRun(Config):
+    """One dataset's test split, answered by the explainer trained for it."""
+
+    dataset: str = "runs/dataset"
+    explainer: str = "runs/explainer"
+
+
+class EvaluateConfig(Config):
+    """jobs/evaluate_explainer.py: answers, baselines, controls, scores.json and report.html."""
+
+    runs: tuple[EvaluationRun, ...] = (EvaluationRun(),)
+    output: str = "runs/evaluation"
+    methods: tuple[Method, ...] = (
+        "explainer",
+        "majority",
+        "nearest_neighbor",
+        "zero_shot",
+        "no_vector",
+        "zero_vector",
+        "swapped_vector",
+        "self_scales",
+    )
+    """Methods that do not apply to a task (a vector control where no vector exists) are left out there."""
+    scales: tuple[float, ...] = (1, 5, 10, 25, 50)
+    """Norms at which `self_scales` asks the untrained model (P1: SelfIE, best of these)."""
+    max_examples: Annotated[int, Field(ge=1)] | None = None
+    """Score at most so many records per dataset, whole groups in stable order; none scores the whole split."""
+    batch_size: Annotated[int, Field(ge=1)] = 128
+    bootstrap_samples: Annotated[int, Field(ge=100)] = 2000
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    num_browsable: Annotated[int, Field(ge=0)] = 200
+    """Examples per task that the report lets a reader browse."""
+    actors: ActorConfig = ActorConfig()
+    seed: int = 0
+
+
+class PocketTargetConfig(Config):
+    """Shape and training of one pocket target."""
+
+    architecture: Literal["llama", "qwen3"]
+    layers: Annotated[int, Field(ge=1)]
+    width: Annotated[int, Field(ge=8)]
+    mlp_width: Annotated[int, Field(ge=8)]
+    heads: Annotated[int, Field(ge=1)]
+    steps: Annotated[int, Field(ge=1)] = 4000
+    rows: Annotated[int, Field(ge=1)] = 32
+    row_length: Annotated[int, Field(ge=16)] = 96
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
+    checkpoint_every: Annotated[int, Field(ge=1)] = 250
+
+
+class PocketSparseConfig(Config):
+    """The pocket target's SAE and skip transcoder: where they read, their size, training, and labels."""
+
+    sae_layer: Annotated[int, Field(ge=0)] = 1
+    """Decoder layer whose residual output the SAE reads."""
+    sae_latents: Annotated[int, Field(ge=1)] = 1536
+    sae_active: Annotated[int, Field(ge=1)] = 16
+    """Mean number of active latents per token."""
+    transcoder_layer: Annotated[int, Field(ge=0)] = 1
+    """Decoder layer whose MLP the transcoder stands for."""
+    transcoder_latents: Annotated[int, Field(ge=1)] = 1024
+    transcoder_active: Annotated[int, Field(ge=1)] = 16
+    documents: Annotated[int, Field(ge=1)] = 12000
+    """Documents of each of three samples: to train on, to choose labels on, to score labels on."""
+    rows_per_word: Annotated[int, Field(ge=1)] = 600
+    """Tokens of one word that train the coders at most; names are rare and would get no latents otherwise."""
+    steps: Annotated[int, Field(ge=1)] = 1500
+    batch_size: Annotated[int, Field(ge=1)] = 1024
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    dead_after: Annotated[int, Field(ge=1)] = 100
+    """Steps without firing after which a latent is trained on what the others leave over."""
+    active_share: Fraction = 0.2
+    """A latent counts as firing where its activation exceeds this share of its largest one."""
+    minimum_firings: Annotated[int, Field(ge=1)] = 10
+    """Latents that fire on fewer tokens of the sample count as dead and get no label."""
+    minimum_tokens: Annotated[int, Field(ge=1)] = 10
+    """Categories with fewer tokens in the sample describe nothing."""
+    margin: Fraction = 0.03
+    """The simplest category within this distance of the best F1 becomes the label."""
+    accepted_score: Fraction = 0.7
+    """F1 from which a description is accepted as right."""
+
+
+class QuickstartTask(Config):
+    """One task of the quickstart: its source and how long its explainer trains."""
+
+    source: SourceConfig = SourceConfig()
+    explainer: ExplainerConfig = ExplainerConfig()
+    optimization: OptimizationConfig = OptimizationConfig()
+
+
+class QuickstartConfig(Config):
+    """jobs/quickstart.py: generate, train, evaluate and report for every task, on the pocket world by default."""
+
+    output: str = "runs/quickstart"
+    """Folder with `datasets/TASK`, `explainers/TASK` and `evaluation`."""
+    tasks: tuple[TaskName, ...] = ("feature_description", "activation_patching", "input_ablation")
+    target: ModelConfig = ModelConfig()
+    feature_description: QuickstartTask = QuickstartTask()
+    activation_patching: QuickstartTask = QuickstartTask()
+    input_ablation: QuickstartTask = QuickstartTask()
+    actors: ActorConfig = ActorConfig(initial_size=2, max_size=2)
+    trainer: TrainerConfig = TrainerConfig(cpus_per_worker=2)
+    max_examples: Annotated[int, Field(ge=1)] | None = 1000
+    """Test records scored per task, in whole groups."""
+    seed: int = 0
+
+
+class BuildPocketConfig(Config):
+    """jobs/build_pocket.py: the pocket world's tokenizer, targets, SAE and transcoder."""
+
+    output: str = "introspect_ray/pocket/artifacts"
+    work: str = "runs/build_pocket"
+    """Checkpoints and the tokenizer; may be deleted when the build is done."""
+    vocabulary_size: Annotated[int, Field(ge=300)] = 2048
+    target_a: PocketTargetConfig = PocketTargetConfig(
+        architecture="llama", layers=4, width=160, mlp_width=448, heads=5, steps=3000
+    )
+    target_b: PocketTargetConfig = PocketTargetConfig(
+        architecture="qwen3", layers=6, width=128, mlp_width=384, heads=4, steps=3000
+    )
+    sparse: PocketSparseConfig = PocketSparseConfig()
+    threads: Annotated[int, Field(ge=1)] = 2
+    """CPU threads of torch."""
+    seed: int = 0
+
+
+def resolved(config: Config) -> dict[str, Any]:
+    """The whole tree as JSON types, every default written out."""
+    return config.model_dump(mode="json")

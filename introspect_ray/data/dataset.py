@@ -1,0 +1,139 @@
+"""Reading a finished dataset: the manifest is trusted, the directory listing is not."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from introspect_ray.config import GenerateConfig
+from introspect_ray.data.manifest import SELECTION_NAME, Manifest, read_manifest
+from introspect_ray.data.shards import ShardInfo, canonical_line, to_records, vector_columns, vector_matrix
+from introspect_ray.data.storage import Folder
+from introspect_ray.errors import UserError
+from introspect_ray.tasks.base import OK, Record
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A finished dataset folder."""
+
+    folder: Folder
+    manifest: Manifest
+
+    @property
+    def config(self) -> GenerateConfig:
+        """The config it was generated with."""
+        return GenerateConfig.model_validate(self.manifest.config)
+
+    def records(self, split: str | None, columns: Sequence[str] | None = None, selected: bool = True) -> list[Record]:
+        """Records in shard order; `split` None is all of them. Vectors are float32 numpy arrays, whatever is stored.
+
+        `selected` gives those to train and score on; otherwise failed records come too, their task columns None.
+        """
+        records = to_records(self.table(split, columns, selected))
+        for record in records:
+            for name, value in record.items():
+                if isinstance(value, np.ndarray):
+                    # float16 sums overflow at 65,504, so that even a norm is wrong in it.
+                    record[name] = value.astype(np.float32)
+        return records
+
+    def table(self, split: str | None, columns: Sequence[str] | None = None, selected: bool = True) -> pa.Table:
+        """`records` as an Arrow table, vectors as stored. Raises UserError for a torn shard or a vector with NaN."""
+        chosen = self.selection() if selected and self.manifest.has_selection else None
+        needed = None if columns is None else list(dict.fromkeys([*columns, "record_id", "split", "status"]))
+        tables = []
+        for shard in self.manifest.shards:
+            table = read_shard(self.folder, shard, needed)
+            keep = pa.array([True] * table.num_rows, pa.bool_())
+            if split is not None:
+                keep = pc.and_(keep, pc.equal(table["split"], split))
+            if chosen is not None:
+                keep = pc.and_(keep, pc.is_in(table["record_id"], value_set=chosen))
+            elif selected:
+                keep = pc.and_(keep, pc.equal(table["status"], OK))
+            tables.append(table.filter(keep) if columns is None else table.filter(keep).select(list(columns)))
+        return pa.concat_tables(tables)
+
+    def selection(self) -> pa.Array:
+        """Ids of the selected records."""
+        content = _content(self.folder, SELECTION_NAME)
+        return _parse(f"{self.folder.url}/{SELECTION_NAME}", content, None)["record_id"].combine_chunks()
+
+
+def open_dataset(url: str, task: str | None = None) -> Dataset:
+    """The finished dataset at `url`. Raises UserError if it is none, of another task, or a shard is missing or torn.
+
+    Every shard's size is compared with the manifest here, so that damage shows before a model loads.
+    """
+    folder = Folder(url)
+    manifest = read_manifest(folder)
+    if task is not None and manifest.task != task:
+        raise UserError(f"dataset {url} is of task {manifest.task}, expected {task}")
+    for shard in manifest.shards:
+        _check_size(folder, shard, folder.size(shard.name))
+    return Dataset(folder, manifest)
+
+
+def read_shard(folder: Folder, shard: ShardInfo, columns: Sequence[str] | None) -> pa.Table:
+    """The records of one shard, checked against the manifest's size and rows; every vector that is there is finite."""
+    content = _content(folder, shard.name)
+    _check_size(folder, shard, len(content))
+    where = f"{folder.url}/{shard.name}"
+    table = _parse(where, content, columns)
+    if table.num_rows != shard.num_rows:
+        raise UserError(
+            f"{where} has {table.num_rows} rows, dataset.json says {shard.num_rows}: generate the dataset again"
+        )
+    for name in vector_columns(table.schema):
+        bad = np.flatnonzero(~np.isfinite(vector_matrix(table[name])[0]).all(axis=1))
+        if len(bad):
+            raise UserError(
+                f"{where}, row {bad[0]}: column {name!r} holds a NaN or infinite value, expected finite numbers"
+            )
+    return table.replace_schema_metadata(None)
+
+
+def _content(folder: Folder, name: str) -> bytes:
+    try:
+        return folder.read(name)
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder.url}/{name} is missing, but dataset.json lists it: generate the dataset again"
+        ) from None
+
+
+def _parse(where: str, content: bytes, columns: Sequence[str] | None) -> pa.Table:
+    try:
+        with pq.ParquetFile(io.BytesIO(content), page_checksum_verification=True) as parquet:
+            unknown = set(columns or ()) - set(parquet.schema_arrow.names)
+            if unknown:
+                raise UserError(f"{where} has no column {sorted(unknown)[0]!r}")
+            return parquet.read(columns=None if columns is None else list(columns))
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{where} is damaged: {error}; generate the dataset again") from None
+
+
+def _check_size(folder: Folder, shard: ShardInfo, size: int | None) -> None:
+    if size != shard.num_bytes:
+        found = "is missing" if size is None else f"has {size} bytes"
+        raise UserError(
+            f"{folder.url}/{shard.name} {found}, dataset.json says {shard.num_bytes} bytes ({shard.num_rows} rows):"
+            " generate the dataset again"
+        )
+
+
+def canonical_dump(dataset: Dataset) -> str:
+    """All records as sorted JSON lines, each saying if it is selected; equal for equal datasets in any layout."""
+    selected = set(dataset.table(None, ["record_id"])["record_id"].to_pylist())
+    lines = (
+        canonical_line({**record, "selected": record["record_id"] in selected})
+        for record in to_records(dataset.table(None, selected=False))
+    )
+    return "".join(line + "\n" for line in sorted(lines))

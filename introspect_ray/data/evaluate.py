@@ -1,0 +1,195 @@
+"""Evaluating explainers: answers on Ray actors, kept on disk as they come, then scores and the report.
+
+run (dataset, explainer) -> test records -> every method's answers (answers/TASK/METHOD.json, skipped if there)
+    -> scores.json, report.html
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from introspect_ray.config import ActorConfig, EvaluateConfig, EvaluationRun, resolved
+from introspect_ray.data.answering import AnswerPool
+from introspect_ray.data.cluster import connect
+from introspect_ray.data.dataset import Dataset, open_dataset
+from introspect_ray.data.manifest import CONFIG_NAME
+from introspect_ray.data.storage import Folder
+from introspect_ray.errors import UserError
+from introspect_ray.evaluation.evaluate import Keep, TaskEvaluation, evaluate_task
+from introspect_ray.evaluation.intervals import Bootstrap
+from introspect_ray.evaluation.report import Report, TaskReport, build_task_report, render_report
+from introspect_ray.evaluation.scores import format_table, scores_json
+from introspect_ray.explainer.card import ExplainerCard, read_card
+from introspect_ray.tasks.base import Record, Task, stable_id
+from introspect_ray.tasks.registry import get_task
+
+SCORES_NAME = "scores.json"
+REPORT_NAME = "report.html"
+METRICS_NAME = "metrics.jsonl"
+
+Progress = Callable[[str, int], None]
+"""(task, number of answers that just came)"""
+
+
+@dataclass(frozen=True)
+class EvaluationSummary:
+    """What an evaluation wrote: the table for the terminal and the report's place."""
+
+    table: str
+    report: str
+    scores: str
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One run of the config, checked."""
+
+    run: EvaluationRun
+    dataset: Dataset
+    task: Task
+    card: ExplainerCard
+
+
+def evaluate_explainer(config: EvaluateConfig, progress: Progress) -> EvaluationSummary:
+    """Answer, score and report every run of the config; answers that an earlier call left are used.
+
+    Raises UserError, before a model loads, for runs that do not fit together or an output folder of another config.
+    """
+    jobs = [_check(run) for run in config.runs]
+    names = [job.task.name for job in jobs]
+    if len(set(names)) < len(names):
+        raise UserError(f"runs name datasets of the tasks {', '.join(names)}: expected every task once")
+    folder = Folder(config.output)
+    _claim(folder, config, jobs)
+    with connect():
+        evaluated = [_evaluate(job, config, folder, progress) for job in jobs]
+    evaluations = [evaluation for evaluation, _ in evaluated]
+    report = Report(
+        title="Can the model explain its own computations?",
+        created=jobs[0].dataset.manifest.target.path,
+        summary=_summary(config, jobs, evaluations),
+        tasks=[task_report for _, task_report in evaluated],
+    )
+    folder.write(REPORT_NAME, render_report(report).encode())
+    folder.write(SCORES_NAME, scores_json(evaluations).encode())
+    return EvaluationSummary(
+        format_table(evaluations), f"{config.output}/{REPORT_NAME}", f"{config.output}/{SCORES_NAME}"
+    )
+
+
+def _check(run: EvaluationRun) -> _Job:
+    dataset, card = open_dataset(run.dataset), read_card(run.explainer)
+    target = dataset.manifest.target
+    if (card.target.path, card.target.width, card.target.num_layers) != (target.path, target.width, target.num_layers):
+        raise UserError(
+            f"explainer {run.explainer} explains {card.target.path} (width {card.target.width}, {card.target.num_layers}"
+            f" layers), dataset {run.dataset} is about {target.path} (width {target.width}, {target.num_layers} layers)"
+        )
+    return _Job(run, dataset, get_task(dataset.manifest.task), card)
+
+
+def _claim(folder: Folder, config: EvaluateConfig, jobs: Sequence[_Job]) -> None:
+    """Write config.json into a new output folder; refuse one that holds another evaluation."""
+    relevant = config.model_copy(update={"actors": ActorConfig(), "output": "", "num_browsable": 0})
+    digests = [
+        [
+            stable_id([shard.model_dump() for shard in job.dataset.manifest.shards]),
+            stable_id(job.card.model_dump(mode="json")),
+        ]
+        for job in jobs
+    ]
+    key = stable_id(resolved(relevant), digests)
+    try:
+        found = json.loads(folder.read(CONFIG_NAME))
+    except FileNotFoundError:
+        content = {"key": key, "config": resolved(config)}
+        folder.write(CONFIG_NAME, (json.dumps(content, indent=1) + "\n").encode())
+        return
+    except ValueError:
+        found = {}
+    if found.get("key") != key:
+        raise UserError(
+            f"output folder {config.output} belongs to another evaluation: choose another folder or delete it"
+        )
+
+
+def _evaluate(
+    job: _Job, config: EvaluateConfig, folder: Folder, progress: Progress
+) -> tuple[TaskEvaluation, TaskReport]:
+    test = whole_groups(job.dataset.records("test"), config.max_examples)
+    pool = AnswerPool(job.run.explainer, config.actors, config.batch_size, lambda count: progress(job.task.name, count))
+    evaluation = evaluate_task(
+        job.task,
+        job.dataset.records("train"),
+        test,
+        explain=lambda queries: pool.answer("trained", queries),
+        untrained=lambda queries: pool.answer("untrained", queries),
+        methods=config.methods,
+        scales=config.scales,
+        bootstrap=Bootstrap(samples=config.bootstrap_samples, confidence=config.confidence, seed=config.seed),
+        keep=_keeper(folder, job.task.name, len(test)),
+    )
+    curve = training_curve(job.run.explainer)
+    return evaluation, build_task_report(job.task, test, evaluation, curve, config.num_browsable)
+
+
+def whole_groups(records: Sequence[Record], limit: int | None) -> list[Record]:
+    """Records of as many whole groups, in stable order, as stay within `limit` (at least one group)."""
+    if limit is None or len(records) <= limit:
+        return list(records)
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record["group"], []).append(record)
+    chosen: list[Record] = []
+    for group in sorted(groups, key=stable_id):
+        if chosen and len(chosen) + len(groups[group]) > limit:
+            break
+        chosen += groups[group]
+    return chosen
+
+
+def _keeper(folder: Folder, task: str, num_records: int) -> Keep:
+    """Texts under `answers/TASK/NAME.json`; a file that is torn or of another length is answered anew."""
+
+    def keep(name: str, compute: Callable[[], list[str]]) -> list[str]:
+        path = f"answers/{task}/{name}.json"
+        try:
+            texts = json.loads(folder.read(path))
+            if isinstance(texts, list) and len(texts) == num_records:
+                return texts
+        except (FileNotFoundError, ValueError):
+            pass
+        texts = compute()
+        folder.write(path, json.dumps(texts, ensure_ascii=False, indent=0).encode())
+        return texts
+
+    return keep
+
+
+def training_curve(explainer: str) -> list[tuple[int, float]]:
+    """(step, loss) from the explainer's metrics.jsonl; empty if it brings none."""
+    try:
+        lines = Folder(explainer).read(METRICS_NAME).decode().splitlines()
+    except FileNotFoundError:
+        return []
+    rows = [json.loads(line) for line in lines]
+    return [(row["step"], row["loss"]) for row in rows if "loss" in row]
+
+
+def _summary(
+    config: EvaluateConfig, jobs: Sequence[_Job], evaluations: Sequence[TaskEvaluation]
+) -> list[tuple[str, str]]:
+    target = jobs[0].dataset.manifest.target
+    facts = [
+        ("Target", f"{target.path}, {target.num_layers} layers of width {target.width}"),
+        ("Explainers start from", ", ".join(sorted({job.card.base.path for job in jobs}))),
+        ("Seed", str(config.seed)),
+    ]
+    for job, evaluation in zip(jobs, evaluations, strict=True):
+        first = evaluation.intervals[evaluation.featured][evaluation.metrics[0]]
+        facts.append(
+            (job.task.name.replace("_", " ").capitalize(), f"{first.n} held-out records in {first.num_groups} groups")
+        )
+    return facts

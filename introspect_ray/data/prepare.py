@@ -1,0 +1,210 @@
+"""Everything about a generation run that needs neither Ray nor a model: checks, source rows, plan, shards, resumption.
+
+Output folder:  config.json (first)  plan/  shards/  rejected.jsonl  [selection.parquet]  dataset.json (last)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import typing
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from introspect_ray.config import ActorConfig, Config, GenerateConfig, TaskName, resolved
+from introspect_ray.data.identity import artifacts_digest, identify_target
+from introspect_ray.data.manifest import CONFIG_NAME, SCHEMA_VERSION, SourceAccount, TargetIdentity
+from introspect_ray.data.shards import ShardInfo, ShardOrder, finished_shard, write_items
+from introspect_ray.data.sources import Source, load_source
+from introspect_ray.data.splits import SPLITS, splitter
+from introspect_ray.data.storage import TEMPORARY, Folder
+from introspect_ray.errors import UserError
+from introspect_ray.features.sae import check_sae
+from introspect_ray.tasks.base import Plan, Task, stable_id
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that passed every check, and which of its shards are left to do."""
+
+    config: GenerateConfig
+    task: Task
+    folder: Folder
+    target: TargetIdentity
+    source: Source
+    plan: Plan
+    rejected: list[tuple[int, str]]
+    """(row, reason) of all source rows that gave no work item, in file order."""
+    run_key: str
+
+    @property
+    def orders(self) -> list[ShardOrder]:
+        count = -(-len(self.plan.items) // self.config.items_per_shard)
+        return [ShardOrder(index, self.run_key) for index in range(count)]
+
+    def items(self, order: ShardOrder) -> list[dict[str, Any]]:
+        """Work items of one shard."""
+        size = self.config.items_per_shard
+        return self.plan.items[order.index * size : (order.index + 1) * size]
+
+    def finished(self) -> dict[int, ShardInfo]:
+        """Shards that are done already, by index."""
+        found = {order.index: finished_shard(self.folder, order) for order in self.orders}
+        return {
+            order.index: info
+            for order in self.orders
+            if (info := found[order.index]) is not None and info.num_rows >= len(self.items(order))
+        }
+
+    @property
+    def account(self) -> SourceAccount:
+        """What became of the source rows."""
+        reasons = Counter(reason for _, reason in self.rejected)
+        used = self.source.num_rows - len(self.rejected)
+        assert used + sum(reasons.values()) == self.source.num_rows
+        return SourceAccount(
+            name=self.source.name,
+            format=self.source.format,
+            rows=self.source.num_rows,
+            used=used,
+            rejected=dict(sorted(reasons.items())),
+        )
+
+
+def prepare(config: GenerateConfig, task: Task) -> Prepared:
+    """Check a run from end to end and plan it. Raises UserError; reads no weights and writes nothing."""
+    target = identify_target(config.target)
+    _check_blocks(config, target)
+    _check_sae(config, target)
+    source = load_source(config.source, task.name, task.source_formats)
+    _check_layers(source, target)
+    plan = task.plan(source.rows, config, splitter(config.split))
+    rejected = _account(source, plan, task)
+    run_key = stable_id(
+        SCHEMA_VERSION, resolved(relevant(config)), target.model_dump(), artifacts_digest(config), plan_digest(plan)
+    )
+    folder = Folder(config.output)
+    prepared = Prepared(config, task, folder, target, source, plan, rejected, run_key)
+    check_output(prepared)
+    return prepared
+
+
+def begin(prepared: Prepared, orders: list[ShardOrder]) -> None:
+    """Claim the output folder for this run and write the work items of the shards that are to be done."""
+    content = {"run_key": prepared.run_key, "target": prepared.target.model_dump(), "config": resolved(prepared.config)}
+    prepared.folder.write(CONFIG_NAME, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    for order in orders:
+        write_items(prepared.folder, order, prepared.items(order))
+
+
+def relevant(config: GenerateConfig) -> GenerateConfig:
+    """The config with everything that cannot change the records set to its default."""
+    reset: dict[str, Any] = {"actors": ActorConfig()}
+    for name in ("output", "max_failed_share", *typing.get_args(TaskName)):
+        if name != config.task:
+            reset[name] = GenerateConfig.model_fields[name].default
+    return config.model_copy(update=reset)
+
+
+def plan_digest(plan: Plan) -> str:
+    """32 hex digits over all work items in order: changes with the source's content."""
+    digest = hashlib.blake2b(digest_size=16)
+    for item in plan.items:
+        digest.update(json.dumps(item, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _check_blocks(config: GenerateConfig, target: TargetIdentity) -> None:
+    blocks = config.activation_patching.num_blocks
+    if config.task == "activation_patching" and blocks > target.num_layers:
+        raise UserError(
+            f"activation_patching.num_blocks is {blocks}, but {target.path} has {target.num_layers} layers:"
+            f" expected 1 to {target.num_layers}"
+        )
+
+
+def _check_sae(config: GenerateConfig, target: TargetIdentity) -> None:
+    if config.task != "feature_description":
+        return
+    path = config.feature_description.sae
+    card = check_sae(path, target.width)
+    if card.layer >= target.num_layers:
+        raise UserError(
+            f"SAE path '{path}' is of layer {card.layer}, but {target.path} has {target.num_layers} layers:"
+            f" expected 0 to {target.num_layers - 1}"
+        )
+
+
+def _check_layers(source: Source, target: TargetIdentity) -> None:
+    for row in source.rows:
+        if row.get("layer", 0) >= target.num_layers:
+            raise UserError(
+                f"source {source.name}, row {row['row']} names layer {row['layer']}, but {target.path} has"
+                f" {target.num_layers} layers: expected 0 to {target.num_layers - 1}"
+            )
+
+
+# --- plan -------------------------------------------------------------------------------------------------------
+
+
+def _account(source: Source, plan: Plan, task: Task) -> list[tuple[int, str]]:
+    """(row, reason) of every source row without a work item; asserts that no row is lost or counted twice."""
+    usable = {row["row"] for row in source.rows}
+    unplanned = [row for row, _ in plan.rejected]
+    assert plan.num_source_rows == len(source.rows), "a plan accounts for every row it was given"
+    assert len(set(unplanned)) == len(unplanned), "a plan rejects a row at most once"
+    assert usable.issuperset(unplanned), "a plan rejects rows it was given"
+    ids = [item["item_id"] for item in plan.items]
+    assert len(set(ids)) == len(ids), "item ids are unique"
+    assert all(item["split"] in SPLITS for item in plan.items)
+    rejected = sorted([*source.rejected, *plan.rejected])
+    if not plan.items:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in Counter(reason for _, reason in rejected).items())
+        raise UserError(
+            f"source {source.name} gives task {task.name} nothing to do: of {source.num_rows} rows none is usable"
+            f" ({reasons})"
+        )
+    return rejected
+
+
+# --- output folder ----------------------------------------------------------------------------------------------
+
+
+def check_output(prepared: Prepared) -> None:
+    """Refuse an output folder that holds something else than this very run, begun or finished."""
+    folder, url = prepared.folder, prepared.folder.url
+    names = [name for name in folder.names() if not name.startswith(TEMPORARY)]
+    if not names:
+        return
+    if CONFIG_NAME not in names:
+        raise UserError(
+            f"output folder {url} is not empty and holds no dataset ({names[0]}, ...): choose another folder"
+        )
+    try:
+        found = json.loads(folder.read(CONFIG_NAME))
+        other = GenerateConfig.model_validate(found["config"])
+        other_target, other_key = TargetIdentity.model_validate(found["target"]), found["run_key"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"output folder {url}: its {CONFIG_NAME} is none of this version's: choose another folder"
+        ) from None
+    if other_key == prepared.run_key:
+        return
+    differences = list(_differences(relevant(other), relevant(prepared.config)))
+    if not differences:
+        what = f"target {prepared.target.path}" if other_target != prepared.target else f"source {prepared.source.name}"
+        differences = [f"the contents of {what} have changed since"]
+    raise UserError(
+        f"output folder {url} belongs to another config ({'; '.join(differences)}): choose another folder or delete it"
+    )
+
+
+def _differences(there: Config, here: Config, prefix: str = "") -> Iterator[str]:
+    for name in type(there).model_fields:
+        one, other = getattr(there, name), getattr(here, name)
+        if isinstance(one, Config):
+            yield from _differences(one, other, f"{prefix}{name}.")
+        elif one != other:
+            yield f"{prefix}{name} is {one!r} there, {other!r} here"

@@ -1,0 +1,106 @@
+"""Rows of a json, jsonl, csv or parquet file, local or remote, compressed or not, as plain dicts."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import lzma
+import zlib
+from pathlib import PurePosixPath
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from introspect_ray.errors import UserError
+
+RawRow = dict[str, Any]
+_COMPRESSIONS = (".gz", ".bz2", ".xz")
+
+
+def read_rows(path: str) -> list[RawRow]:
+    """All rows of a file in file order. Every problem of the file as a whole is a UserError that names it."""
+    name = PurePosixPath(path.split("?")[0])
+    kind = PurePosixPath(name.stem).suffix if name.suffix.lower() in _COMPRESSIONS else name.suffix
+    readers = {".json": _json, ".jsonl": _jsonl, ".ndjson": _jsonl, ".csv": _csv, ".parquet": _parquet}
+    if kind.lower() not in readers:
+        expected = ", ".join(readers)
+        raise UserError(
+            f"source {path}: the name ends in {kind or 'no suffix'!r}, expected one of {expected} (or with .gz)"
+        )
+    content = _read(path)
+    if not content.strip():
+        raise UserError(f"source {path} is empty, expected at least one row")
+    rows = readers[kind.lower()](path, content)
+    if not rows:
+        raise UserError(f"source {path} holds no rows, expected at least one")
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise UserError(f"source {path}, row {number}: expected an object of fields, found {type(row).__name__}")
+    return rows
+
+
+def _read(path: str) -> bytes:
+    try:
+        with fsspec.open(path, "rb", compression="infer") as file:
+            return file.read()
+    except FileNotFoundError:
+        raise UserError(f"source {path} does not exist") from None
+    except IsADirectoryError:
+        raise UserError(f"source {path} is a folder, expected a file") from None
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        raise UserError(f"source {path} is truncated or damaged: {error}") from None
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"source {path} cannot be read: {error}") from None
+
+
+def _text(path: str, content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"source {path} is not UTF-8 text: byte {error.start} is {content[error.start]:#04x}") from None
+
+
+def _json(path: str, content: bytes) -> list[Any]:
+    try:
+        rows = json.loads(_text(path, content))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"source {path} is not valid JSON: {error}") from None
+    if not isinstance(rows, list):
+        raise UserError(f"source {path}: expected a JSON array of rows, found {type(rows).__name__}")
+    return rows
+
+
+def _jsonl(path: str, content: bytes) -> list[Any]:
+    rows = []
+    # Only "\n" ends a row: splitlines() would also cut at U+2028 and its kin, which JSON allows inside strings.
+    for number, line in enumerate(_text(path, content).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UserError(f"source {path}, line {number} is not valid JSON: {error}") from None
+    return rows
+
+
+def _csv(path: str, content: bytes) -> list[Any]:
+    """Rows by header; a row that is shorter than the header lacks its last fields, a longer one is refused."""
+    try:
+        header, *rows = csv.reader(io.StringIO(_text(path, content), newline=""), strict=True)
+    except csv.Error as error:
+        raise UserError(f"source {path} is not valid CSV: {error}") from None
+    rows = [row for row in rows if row]
+    for number, row in enumerate(rows):
+        if len(row) > len(header):
+            raise UserError(f"source {path}, row {number} has {len(row)} columns, the header has {len(header)}")
+    return [dict(zip(header, row, strict=False)) for row in rows]
+
+
+def _parquet(path: str, content: bytes) -> list[Any]:
+    try:
+        return pq.read_table(io.BytesIO(content)).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"source {path} is not a complete Parquet file: {error}") from None

@@ -1,0 +1,228 @@
+"""Source rows: which format a file has, and its rows in the one form per format that tasks plan from.
+
+A row whose fields are there but unusable is counted with a reason. A row that lacks a field altogether means that the
+file is not what the config says: it is refused with the row and the field.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from introspect_ray.config import SourceConfig
+from introspect_ray.data.reading import RawRow, read_rows
+from introspect_ray.errors import UserError
+
+SourceRow = dict[str, Any]
+_ABSENT = object()
+
+
+class Unusable(Exception):
+    """Why one row gives no source row, as a short name."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way in which a format is written: the fields that must be there (dotted where nested), and their meaning."""
+
+    format: str
+    needed: tuple[str, ...]
+    normalize: Callable[[Mapping[str, Any]], SourceRow]
+    """Needed fields by name -> normalised row without its number; raises Unusable."""
+    optional: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Source:
+    """Usable rows in file order, each with its number in the file under `row`; what became of the others."""
+
+    name: str
+    format: str
+    rows: list[SourceRow]
+    rejected: list[tuple[int, str]]
+    num_rows: int
+    """Rows looked at: those of the file, or the first `limit` of them."""
+
+
+def load_source(config: SourceConfig, task_name: str, accepted_formats: Sequence[str]) -> Source:
+    """Read, recognise and check the rows for a task. Raises UserError before any model is touched."""
+    raw = _pocket_rows(task_name) if config.path == "pocket" else read_rows(config.path)
+    raw = raw if config.limit is None else raw[: config.limit]
+    layout = find_layout(config.path, raw, config.format)
+    if layout.format not in accepted_formats:
+        raise UserError(
+            f"source {config.path} has format {layout.format}, task {task_name} needs {' or '.join(accepted_formats)}"
+        )
+    return normalize_rows(config.path, raw, layout)
+
+
+def _pocket_rows(task_name: str) -> list[RawRow]:
+    from introspect_ray.pocket.sources import rows  # the embedded world is built only where it is asked for
+
+    return rows(task_name)
+
+
+def find_layout(name: str, raw: Sequence[RawRow], wanted: str) -> Layout:
+    """The layout whose needed fields all occur; `wanted` is a format's name, or "auto" to read it off the fields."""
+    known = [layout for layout in LAYOUTS if wanted in ("auto", layout.format)]
+    lacking = {
+        layout: [field for field in layout.needed if all(_field(row, field) is _ABSENT for row in raw)]
+        for layout in known
+    }
+    for layout, fields in lacking.items():
+        if not fields:
+            return layout
+    closest = min(known, key=lambda layout: len(lacking[layout]) / len(layout.needed))
+    found = ", ".join(dict.fromkeys(str(key) for row in raw[:100] for key in row)) or "none"
+    raise UserError(
+        f"source {name}: no row has {' or '.join(map(repr, lacking[closest]))}, which format {closest.format} needs"
+        f" ({', '.join(closest.needed)}); fields found: {found}"
+    )
+
+
+def normalize_rows(name: str, raw: Sequence[RawRow], layout: Layout) -> Source:
+    """Every raw row either as a source row or as (row number, reason). Raises UserError if a row lacks a field."""
+    rows: list[SourceRow] = []
+    rejected: list[tuple[int, str]] = []
+    seen: set[str] = set()
+    for number, raw_row in enumerate(raw):
+        values = {field: _field(raw_row, field) for field in (*layout.needed, *layout.optional)}
+        for field in layout.needed:
+            if values[field] is _ABSENT:
+                raise UserError(
+                    f"source {name}, row {number} (counted from 0) has no field {field!r},"
+                    f" which format {layout.format} needs"
+                )
+        try:
+            row = layout.normalize({field: value for field, value in values.items() if value is not _ABSENT})
+        except Unusable as reason:
+            rejected.append((number, str(reason)))
+            continue
+        content = json.dumps(row, sort_keys=True)
+        if content in seen:
+            rejected.append((number, "duplicate_row"))
+            continue
+        seen.add(content)
+        rows.append({**row, "row": number})
+    assert len(rows) + len(rejected) == len(raw), "every row is used or has a reason"
+    return Source(name, layout.format, rows, rejected, len(raw))
+
+
+# --- fields -----------------------------------------------------------------------------------------------------
+
+
+def _field(row: Mapping[str, Any], path: str) -> Any:
+    """The value at a dotted path, or `_ABSENT`."""
+    value: Any = row
+    for name in path.split("."):
+        if not isinstance(value, Mapping) or name not in value:
+            return _ABSENT
+        value = value[name]
+    return value
+
+
+def _text(value: Any) -> str:
+    """Text with a visible character, outer blanks removed."""
+    if value is None:
+        raise Unusable("missing_value")
+    if not isinstance(value, str):
+        raise Unusable("wrong_type")
+    if not value.strip():
+        raise Unusable("empty_text")
+    return value.strip()
+
+
+def _number(value: Any, kind: type[int] | type[float]) -> Any:
+    """A number; text that spells one is accepted, because csv has nothing else."""
+    if value is None:
+        raise Unusable("missing_value")
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise Unusable("wrong_type")
+    try:
+        number = kind(value)
+    except (ValueError, OverflowError):
+        raise Unusable("wrong_type") from None
+    if kind is int and number != float(value):
+        raise Unusable("wrong_type")
+    return number
+
+
+def _texts(value: Any) -> list[str]:
+    """A list of texts; JSON text that spells one is accepted, because csv has nothing else."""
+    if value is None:
+        raise Unusable("missing_value")
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            raise Unusable("wrong_type") from None
+    if not isinstance(value, list):
+        raise Unusable("wrong_type")
+    return [_text(item) for item in value]
+
+
+# --- formats ----------------------------------------------------------------------------------------------------
+
+
+def _fact(subject: Any, relation_id: Any, template: Any, target_true: Any) -> SourceRow:
+    row = {"subject": _text(subject), "relation_id": _text(relation_id), "template": _text(template)}
+    if row["template"].count("{}") != 1:
+        raise Unusable("bad_template")
+    prompt = row["template"].replace("{}", row["subject"])
+    return {**row, "prompt": prompt, "target_true": _text(target_true)}
+
+
+def _counterfact(row: Mapping[str, Any]) -> SourceRow:
+    return _fact(row["subject"], row["relation_id"], row["relation"], row["target_true"])
+
+
+def _rome(row: Mapping[str, Any]) -> SourceRow:
+    inner = {name.removeprefix("requested_rewrite."): value for name, value in row.items()}
+    return _fact(inner["subject"], inner["relation_id"], inner["prompt"], inner["target_true.str"])
+
+
+def _known_fact(row: Mapping[str, Any]) -> SourceRow:
+    """The file's own longer prompts are left aside: rows can be paired only where they share a template."""
+    return _fact(row["subject"], row["relation_id"], row["template"], row["attribute"])
+
+
+def _mmlu(row: Mapping[str, Any]) -> SourceRow:
+    choices = _texts(row["choices"])
+    if not 2 <= len(choices) <= 26:
+        raise Unusable("number_of_choices_out_of_range")
+    answer = _number(row["answer"], int)
+    if not 0 <= answer < len(choices):
+        raise Unusable("answer_out_of_range")
+    return {"question": _text(row["question"]), "choices": choices, "answer": answer, "subject": _text(row["subject"])}
+
+
+def _latent_label(row: Mapping[str, Any]) -> SourceRow:
+    layer, index, score = _number(row["layer"], int), _number(row["index"], int), _number(row["score"], float)
+    if layer < 0 or index < 0:
+        raise Unusable("index_out_of_range")
+    if not 0 <= score <= 1:
+        raise Unusable("score_out_of_range")
+    return {
+        "layer": layer,
+        "index": index,
+        "description": _text(row["description"]),
+        "accepted": _texts(row["accepted"]),
+        "score": score,
+        "kind": _text(row.get("kind", "label")),
+    }
+
+
+LAYOUTS = (
+    Layout("counterfact", ("subject", "relation", "relation_id", "target_true"), _counterfact),
+    Layout(
+        "counterfact",
+        tuple(f"requested_rewrite.{name}" for name in ("subject", "prompt", "relation_id", "target_true.str")),
+        _rome,
+    ),
+    Layout("known_facts", ("subject", "template", "attribute", "relation_id"), _known_fact),
+    Layout("mmlu", ("question", "choices", "answer", "subject"), _mmlu),
+    Layout("latent_labels", ("layer", "index", "description", "accepted", "score"), _latent_label, ("kind",)),
+)
+"""All known layouts: NeelNanda/counterfact-tracing, ROME's nested counterfact, ROME's known facts, cais/mmlu, ours."""

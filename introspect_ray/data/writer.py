@@ -1,0 +1,98 @@
+"""One shard, from work items to a file: what an actor does per call, without Ray."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from introspect_ray.config import GenerateConfig
+from introspect_ray.data.shards import ShardInfo, ShardOrder, read_items, vector_columns, write_records
+from introspect_ray.data.storage import Folder
+from introspect_ray.errors import UserError
+from introspect_ray.interventions.target import Target
+from introspect_ray.tasks.base import Item, Record, Task, failed
+
+logger = logging.getLogger(__name__)
+
+GENERATION_ERROR = "generation_error"
+"""Status of an item whose procedure raised."""
+VECTOR_NOT_FINITE = "vector_not_finite"
+"""Status of a record whose vector has a NaN, or overflows in the dtype on disk."""
+
+
+def write_shard(task: Task, target: Target, config: GenerateConfig, order: ShardOrder) -> ShardInfo:
+    """Generate and write all records of one shard; every work item ends as at least one record.
+
+    The folder is `config.output`. Raises UserError if the procedure refuses every item alike.
+    """
+    folder = Folder(config.output)
+    items = read_items(folder, order)
+    schema = task.schema(target.width, config)
+    records = generate_records(task, target, items, config)
+    return write_records(folder, order, finite_records(records, items, schema), schema)
+
+
+def generate_records(task: Task, target: Target, items: Sequence[Item], config: GenerateConfig) -> list[Record]:
+    """Records of all items, in item order. If the batch raises, items run alone; those that raise again are failed."""
+    try:
+        records = task.generate(target, items, config)
+    except Exception as error:
+        logger.warning("a shard of %d items raised %r; its items run one by one", len(items), error)
+        records = _one_by_one(task, target, items, config)
+    by_item = _check(records, items)
+    return [record for item in items for record in by_item[item["item_id"]]]
+
+
+def _one_by_one(task: Task, target: Target, items: Sequence[Item], config: GenerateConfig) -> list[Record]:
+    records: list[Record] = []
+    refusals: list[UserError] = []
+    for item in items:
+        try:
+            records += task.generate(target, [item], config)
+        except Exception as error:
+            if isinstance(error, UserError):
+                refusals.append(error)
+            records.append(failed(item, GENERATION_ERROR, f"{type(error).__name__}: {' '.join(str(error).split())}"))
+    if len(refusals) == len(items):
+        raise refusals[0]
+    return records
+
+
+def _check(records: Sequence[Record], items: Sequence[Item]) -> dict[str, list[Record]]:
+    """Records by item id; asserts what every task promises."""
+    by_item: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        by_item[record["item_id"]].append(record)
+    assert set(by_item) == {item["item_id"] for item in items}, "a task gives every item a record, and no other item"
+    for item in items:
+        for record in by_item[item["item_id"]]:
+            assert (record["split"], record["group"]) == (item["split"], item["group"]), (
+                "a record keeps its item's split"
+            )
+    assert len({record["record_id"] for record in records}) == len(records), "record ids are unique"
+    return by_item
+
+
+def finite_records(records: Sequence[Record], items: Sequence[Item], schema: pa.Schema) -> list[Record]:
+    """Records with every vector that is not finite in its dtype on disk replaced by a failed record."""
+    by_id = {item["item_id"]: item for item in items}
+    kinds = {name: schema.field(name).type.value_type.to_pandas_dtype() for name in vector_columns(schema)}
+    return [_finite(record, by_id[record["item_id"]], kinds) for record in records]
+
+
+def _finite(record: Record, item: Item, kinds: dict[str, type[np.generic]]) -> Record:
+    for name, kind in kinds.items():
+        vector = record.get(name)
+        if vector is None:
+            continue
+        with np.errstate(over="ignore"):
+            stored = np.asarray(vector).astype(kind)
+        if not np.isfinite(stored).all():
+            found = "holds a NaN or infinity" if not np.isfinite(vector).all() else f"overflows in {np.dtype(kind)}"
+            # Several records of one item may fail so: the id of each stays its own.
+            return {**failed(item, VECTOR_NOT_FINITE, f"{name} {found}"), "record_id": record["record_id"]}
+    return record

@@ -1,0 +1,96 @@
+"""Padded batches, and logits at chosen positions only, for any causal language model of transformers.
+
+Legend: B rows, T padded length, N vectors of the batch, M target width, P loss positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from introspect_ray.explainer.encoding import Encoded
+
+
+@dataclass(frozen=True)
+class Collated:
+    """Encoded queries side by side. `loss_positions` index the flattened B * T grid and point at the token before."""
+
+    ids: Int[Tensor, "B T"]
+    mask: Bool[Tensor, "B T"]
+    vector_rows: Int[Tensor, " N"]
+    vector_columns: Int[Tensor, " N"]
+    vectors: Float[Tensor, "N M"]
+    layers: list[tuple[int, ...]]
+    loss_positions: Int[Tensor, " P"]
+    loss_targets: Int[Tensor, " P"]
+
+
+def collate(
+    batch: Sequence[Encoded], side: Literal["left", "right"], pad_id: int, target_width: int, device: torch.device
+) -> Collated:
+    """One padded batch: padded on the right for training, on the left for generation."""
+    length = max(len(one.ids) for one in batch)
+    ids = np.full((len(batch), length), pad_id, dtype=np.int64)
+    mask = np.zeros((len(batch), length), dtype=bool)
+    rows, columns, positions, targets = [], [], [], []
+    for row, one in enumerate(batch):
+        start = length - len(one.ids) if side == "left" else 0
+        ids[row, start : start + len(one.ids)] = one.ids
+        mask[row, start : start + len(one.ids)] = True
+        rows += [row] * len(one.vector_positions)
+        columns += [start + position for position in one.vector_positions]
+        answer = np.flatnonzero(one.loss_mask)
+        positions.append(row * length + start + answer - 1)
+        targets.append(np.asarray(one.ids, dtype=np.int64)[answer])
+    vectors = [vector for one in batch for vector in one.vectors]
+    values = np.stack([v.values for v in vectors]) if vectors else np.zeros((0, target_width))
+
+    def tensor(array: Any, dtype: torch.dtype) -> Tensor:
+        return torch.as_tensor(array, dtype=dtype).to(device)
+
+    return Collated(
+        ids=tensor(ids, torch.long),
+        mask=tensor(mask, torch.bool),
+        vector_rows=tensor(rows, torch.long),
+        vector_columns=tensor(columns, torch.long),
+        vectors=tensor(values, torch.float32),
+        layers=[vector.layers for vector in vectors],
+        loss_positions=tensor(np.concatenate(positions), torch.long),
+        loss_targets=tensor(np.concatenate(targets), torch.long),
+    )
+
+
+def logits_at(
+    model: nn.Module, causal: PreTrainedModel, positions: Int[Tensor, " P"], **inputs: Any
+) -> Float[Tensor, "P V"]:
+    """Logits at positions of the flattened B * T grid, in the model's own arithmetic (soft-capping, scaling and all).
+
+    The stock forward pass runs; only what enters its language-model head is cut down to the positions, so that the
+    head's cost is P * V and whatever the architecture does to logits afterwards is still done. A model without a
+    separate head computes all logits.
+
+    Args:
+        model: the callable model (`causal` itself, or a wrapper around it such as PEFT's).
+        causal: the language model whose head is used.
+    """
+    head = causal.get_output_embeddings()
+    if head is None:
+        logits = model(use_cache=False, **inputs).logits
+        return logits.flatten(0, 1)[positions]
+
+    def gather(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = args[0]
+        return (hidden.flatten(0, 1)[positions].unsqueeze(0), *args[1:])
+
+    handle = head.register_forward_pre_hook(gather)
+    try:
+        return model(use_cache=False, **inputs).logits.squeeze(0)
+    finally:
+        handle.remove()

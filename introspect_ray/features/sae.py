@@ -1,0 +1,111 @@
+"""Sparse coders on disk, in sae-lens' format: `cfg.json` beside `sae_weights.safetensors`.
+
+Read and written by safetensors alone: importing sae_lens takes ten seconds and more, and inference needs none of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from introspect_ray.errors import UserError
+from introspect_ray.features.card import CONFIG_FILE, WEIGHTS_FILE, CoderCard, coder_folder, read_card, sae_lens_version
+from introspect_ray.features.coder import SparseCoder
+
+__all__ = ["SparseCoder", "check_sae", "load_sae", "save_transcoder"]
+
+
+def check_sae(path: str, width: int) -> CoderCard:
+    """The card of the coder at `path`, read without its weights.
+
+    Raises `UserError` if it cannot be read, if a tensor is missing or has a shape that its config contradicts, or if
+    its feature vectors do not have `width` entries.
+    """
+    card = read_card(path)
+    if card.width_out != width:
+        raise UserError(
+            f"SAE path '{path}' has feature vectors of width {card.width_out}: the target has width {width}"
+        )
+    _open_weights(path, card, load=False)
+    return card
+
+
+def load_sae(path: str) -> SparseCoder:
+    """The SAE or transcoder of a sae-lens folder, or of `pocket:sae` / `pocket:transcoder`; float32, on the CPU.
+
+    Raises `UserError` as `check_sae` does, and if a weight is NaN or infinite.
+    """
+    card = read_card(path)
+    tensors = _open_weights(path, card, load=True)
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"SAE path '{path}': tensor {name} holds NaN or infinity: expected finite numbers")
+    return SparseCoder(
+        kind=card.kind,
+        layer=card.layer,
+        encoder=tensors["W_enc"],
+        encoder_bias=tensors["b_enc"],
+        decoder=tensors["W_dec"],
+        decoder_bias=tensors["b_dec"],
+        threshold=tensors.get("threshold"),
+        skip=tensors.get("W_skip"),
+        k=card.k,
+        subtract_bias=card.subtract_bias,
+        rescale=card.rescale,
+    )
+
+
+def save_transcoder(coder: SparseCoder, folder: Path, metadata: Mapping[str, Any]) -> None:
+    """Write a JumpReLU transcoder as sae-lens does; `metadata` must hold `hook_name` and may hold anything else."""
+    assert coder.kind == "transcoder" and coder.threshold is not None and not coder.rescale
+    tensors = {
+        "W_enc": coder.encoder,
+        "b_enc": coder.encoder_bias,
+        "W_dec": coder.decoder,
+        "b_dec": coder.decoder_bias,
+        "threshold": coder.threshold,
+    }
+    if coder.skip is not None:
+        tensors["W_skip"] = coder.skip
+    config = {
+        "architecture": "jumprelu_transcoder" if coder.skip is None else "jumprelu_skip_transcoder",
+        "d_in": coder.encoder.shape[0],
+        "d_sae": coder.num_latents,
+        "d_out": coder.width,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {"sae_lens_version": sae_lens_version(), **metadata},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.detach().float().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE)
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _open_weights(path: str, card: CoderCard, load: bool) -> dict[str, Tensor]:
+    """The architecture's tensors if `load`; their names and shapes are checked against the card in any case."""
+    file = coder_folder(path) / WEIGHTS_FILE
+    tensors: dict[str, Tensor] = {}
+    try:
+        with safe_open(file, framework="pt") as weights:
+            stored = set(weights.keys())
+            for name, expected in card.tensor_shapes().items():
+                if name not in stored:
+                    raise UserError(f"{file} has no tensor {name}, which architecture '{card.architecture}' needs")
+                found = tuple(weights.get_slice(name).get_shape())
+                if found != expected:
+                    raise UserError(f"{file}: tensor {name} has shape {found}, but {CONFIG_FILE} says {expected}")
+                if load:
+                    tensors[name] = weights.get_tensor(name).float()
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
+    return tensors

@@ -1,0 +1,104 @@
+"""Task 1, feature description (P1, section 2.2): at layer l, what does this vector encode?
+
+Training vectors are decoder rows of an SAE of the target; the answer is the latent's description. Descriptions come
+with the source rows (an outside label, or the pocket lexicon), each with its score and all others that are acceptable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+
+from introspect_ray.config import GenerateConfig
+from introspect_ray.explainer.query import Query, Vector
+from introspect_ray.features.sae import load_sae
+from introspect_ray.interventions.target import Target
+from introspect_ray.tasks.base import COMMON_FIELDS, OK, Answer, Example, Item, Plan, Record, SplitOf, failed, stable_id
+
+
+class FeatureDescription:
+    name: ClassVar[str] = "feature_description"
+    metrics: ClassVar[tuple[str, ...]] = ("description_match", "exact_match", "parse_rate")
+    has_vectors: ClassVar[bool] = True
+    breakdowns: ClassVar[Mapping[str, str]] = {"Kind of description": "label_kind"}
+    source_formats: ClassVar[tuple[str, ...]] = ("latent_labels",)
+
+    def schema(self, width: int, config: GenerateConfig) -> pa.Schema:
+        vector_type = pa.float16() if config.vector_dtype == "float16" else pa.float32()
+        return pa.schema(
+            [
+                *COMMON_FIELDS,
+                pa.field("layer", pa.int32()),
+                pa.field("latent", pa.int32()),
+                pa.field("description", pa.string()),
+                pa.field("label_kind", pa.string()),
+                pa.field("accepted", pa.list_(pa.string())),
+                pa.field("label_score", pa.float32()),
+                pa.field("vector", pa.fixed_shape_tensor(vector_type, (width,))),
+            ]
+        )
+
+    def plan(self, rows: Sequence[Mapping[str, Any]], config: GenerateConfig, split_of: SplitOf) -> Plan:
+        plan = Plan(num_source_rows=len(rows))
+        for row in rows:
+            if row["score"] < config.feature_description.minimum_score:
+                plan.rejected.append((row["row"], "label_score_too_low"))
+                continue
+            group = f"{config.feature_description.sae}/{row['layer']}/{row['index']}"
+            item = {key: row[key] for key in ("layer", "index", "description", "kind", "accepted", "score")}
+            item_id = stable_id(self.name, group, item)
+            plan.items.append({"item_id": item_id, "split": split_of(group), "group": stable_id(group), **item})
+        return plan
+
+    def generate(self, target: Target, items: Sequence[Item], config: GenerateConfig) -> list[Record]:
+        """Decoder rows; no forward pass. A latent that the SAE does not have is a row with that reason."""
+        sae = load_sae(config.feature_description.sae)
+        records = []
+        for item in items:
+            if item["layer"] != sae.layer or item["index"] >= sae.num_latents:
+                found = f"layer {sae.layer} with {sae.num_latents} latents"
+                records.append(failed(item, "no_such_latent", f"layer {item['layer']} latent {item['index']}: {found}"))
+                continue
+            vector = sae.feature_vectors[item["index"]].float().numpy()
+            assert vector.shape == (target.width,), (vector.shape, target.width)
+            records.append(
+                {
+                    "record_id": stable_id("record", item["item_id"]),
+                    "status": OK,
+                    "detail": None,
+                    **{key: item[key] for key in ("item_id", "split", "group", "layer", "description", "accepted")},
+                    "latent": item["index"],
+                    "label_kind": item["kind"],
+                    "label_score": item["score"],
+                    "vector": vector,
+                }
+            )
+        return records
+
+    def select(self, records: pa.Table, config: GenerateConfig) -> list[str] | None:  # noqa: ARG002 - all ok records count
+        return None
+
+    def render(self, record: Record) -> Example:
+        layer = int(record["layer"])
+        vector = Vector(np.asarray(record["vector"], dtype=np.float32), (layer,))
+        return Example(Query((f"At layer {layer}, ", vector, " encodes what?")), record["description"])
+
+    def truth(self, record: Record) -> Answer:
+        return Answer(None, record["description"])
+
+    def accepted(self, record: Record) -> tuple[str, ...]:
+        return tuple(record["accepted"])
+
+    def parse(self, text: str) -> Answer | None:
+        """Any text with a word in it is a description."""
+        return Answer(None, text.strip()) if any(character.isalnum() for character in text) else None
+
+    def display(self, record: Record) -> tuple[list[tuple[str, bool]], dict[str, str]]:
+        pieces = [("latent ", False), (str(record["latent"]), True), (f" at layer {record['layer']}", False)]
+        return pieces, {
+            "also right": "; ".join(record["accepted"]) or "nothing else",
+            "score of the label": f"{record['label_score']:.2f}",
+        }

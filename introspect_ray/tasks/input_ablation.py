@@ -1,0 +1,155 @@
+"""Task 3, input ablation (P1, section 2.4): a multiple-choice question with a hint.
+
+The target answers with the hint and without it (the hint's tokens ablated). Does its answer change, and to what?
+Against P1: greedy next token of the plain prompt; an answer that names no option is kept as a row with that reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import pyarrow as pa
+
+from introspect_ray.config import GenerateConfig, InputAblationConfig
+from introspect_ray.explainer.query import Query
+from introspect_ray.interventions.ablation import ablate_text
+from introspect_ray.interventions.target import Target
+from introspect_ray.models.tokens import token_text
+from introspect_ray.tasks.base import COMMON_FIELDS, OK, Answer, Example, Item, Plan, Record, SplitOf, failed, stable_id
+from introspect_ray.tasks.verdict import VerdictWording
+
+
+def letter(index: int) -> str:
+    """0 -> A, 1 -> B, ..."""
+    return chr(ord("A") + index)
+
+
+def question_text(
+    question: str, choices: Sequence[str], hinted: int | None, config: InputAblationConfig
+) -> tuple[str, tuple[int, int] | None]:
+    """The prompt, and the hint's character span in it (None without a hint)."""
+    options = "\n".join(
+        config.option.format(letter=letter(index), choice=choice) for index, choice in enumerate(choices)
+    )
+    hint = "" if hinted is None else config.hint.format(letter=letter(hinted))
+    before, after = config.question.split("{hint}")
+    head = before.replace("{options}", options).replace("{question}", question)
+    return head + hint + after, (len(head), len(head) + len(hint)) if hint else None
+
+
+class InputAblation:
+    name: ClassVar[str] = "input_ablation"
+    metrics: ClassVar[tuple[str, ...]] = ("exact_match", "has_changed_f1", "content_match", "parse_rate")
+    has_vectors: ClassVar[bool] = False
+    breakdowns: ClassVar[Mapping[str, str]] = {"Hint and truth": "hint_is", "Subject": "subject"}
+    source_formats: ClassVar[tuple[str, ...]] = ("mmlu",)
+    wording: ClassVar[VerdictWording] = VerdictWording("answer")
+
+    def schema(self, width: int, config: GenerateConfig) -> pa.Schema:  # noqa: ARG002 - no vectors here
+        return pa.schema(
+            [
+                *COMMON_FIELDS,
+                pa.field("subject", pa.string()),
+                pa.field("text", pa.string()),
+                pa.field("hint_start", pa.int32()),
+                pa.field("hint_end", pa.int32()),
+                pa.field("hint", pa.string()),
+                pa.field("hint_is", pa.string()),
+                pa.field("correct", pa.string()),
+                pa.field("original", pa.string()),
+                pa.field("content", pa.string()),
+                pa.field("changed", pa.bool_()),
+            ]
+        )
+
+    def plan(self, rows: Sequence[Mapping[str, Any]], config: GenerateConfig, split_of: SplitOf) -> Plan:
+        """One item per question; the group is the question's stem, whatever its options."""
+        plan = Plan(num_source_rows=len(rows))
+        for row in rows:
+            hinted = _hinted(row, config.input_ablation, config.seed)
+            item = {
+                "split": split_of(row["question"]),
+                "group": stable_id("question", row["question"]),
+                "subject": row["subject"],
+                "question": row["question"],
+                "choices": list(row["choices"]),
+                "correct": int(row["answer"]),
+                "hinted": hinted,
+            }
+            settings = config.input_ablation
+            item_id = stable_id(self.name, item, row["row"], settings.question, settings.option, settings.hint)
+            plan.items.append({"item_id": item_id, **item})
+        return plan
+
+    def generate(self, target: Target, items: Sequence[Item], config: GenerateConfig) -> list[Record]:
+        prompts = [
+            question_text(item["question"], item["choices"], item["hinted"], config.input_ablation) for item in items
+        ]
+        hinted = [target.encode(text) for text, _ in prompts]
+        plain = [target.encode(ablate_text(text, *span)) for text, span in prompts if span]
+        assert len(plain) == len(items), "every item has a hint"
+        tokens = target.next_token_logits([*hinted, *plain]).argmax(-1).tolist()
+        answers = [token_text(target.tokenizer, token) for token in tokens]
+        return [
+            self._record(item, text, span, with_hint, without_hint)
+            for item, (text, span), with_hint, without_hint in zip(
+                items, prompts, answers[: len(items)], answers[len(items) :], strict=True
+            )
+            if span
+        ]
+
+    def _record(self, item: Item, text: str, span: tuple[int, int], with_hint: str, without_hint: str) -> Record:
+        letters = [letter(index) for index in range(len(item["choices"]))]
+        for answer, which in ((with_hint, "with"), (without_hint, "without")):
+            if answer not in letters:
+                return failed(item, "answer_names_no_option", f"{which} the hint the target says {answer!r}")
+        return {
+            "record_id": stable_id("record", item["item_id"]),
+            "status": OK,
+            "detail": None,
+            **{key: item[key] for key in ("item_id", "split", "group", "subject")},
+            "text": text,
+            "hint_start": span[0],
+            "hint_end": span[1],
+            "hint": letter(item["hinted"]),
+            "hint_is": "right hint" if item["hinted"] == item["correct"] else "wrong hint",
+            "correct": letter(item["correct"]),
+            "original": with_hint,
+            "content": without_hint,
+            "changed": with_hint != without_hint,
+        }
+
+    def select(self, records: pa.Table, config: GenerateConfig) -> list[str] | None:  # noqa: ARG002 - all ok records count
+        return None
+
+    def render(self, record: Record) -> Example:
+        query = Query((f"{record['text']}\nHow does the answer change if the hint is removed?",))
+        return Example(query, self.wording.render(self.truth(record)))
+
+    def truth(self, record: Record) -> Answer:
+        return Answer(record["changed"], record["content"])
+
+    def accepted(self, record: Record) -> tuple[str, ...]:  # noqa: ARG002 - one content is right
+        return ()
+
+    def parse(self, text: str) -> Answer | None:
+        return self.wording.parse(text)
+
+    def display(self, record: Record) -> tuple[list[tuple[str, bool]], dict[str, str]]:
+        text, start, end = record["text"], record["hint_start"], record["hint_end"]
+        pieces = [(text[:start], False), (text[start:end], True), (text[end:], False)]
+        return pieces, {"answer with the hint": record["original"], "correct answer": record["correct"]}
+
+
+def _hinted(row: Mapping[str, Any], config: InputAblationConfig, seed: int) -> int:
+    """Index of the hinted option: a stable draw per question and seed."""
+    answer, count = int(row["answer"]), len(row["choices"])
+    digest = hashlib.blake2b(f"{seed}/{row['row']}/{row['question']}".encode(), digest_size=8).digest()
+    draw = int.from_bytes(digest, "big")
+    if config.policy == "correct":
+        return answer
+    if config.policy == "wrong":
+        return (answer + 1 + draw % (count - 1)) % count
+    return draw % count

@@ -1,0 +1,143 @@
+"""What each Ray Train worker runs: build, resume, step, checkpoint, export.
+
+    all workers   build explainer and examples -> agree on the newest whole checkpoint -> steps
+    rank 0        metrics.jsonl, checkpoints, and at the end the explainer itself
+
+Checkpoints are ours, not Ray's, so that resuming is one path whatever died (a worker, the driver, the cluster).
+`ray.train.report`, a barrier that costs up to a controller poll, is not called: what came of a run is in its folder.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from introspect_ray.config import TrainConfig
+from introspect_ray.errors import RunFailed, UserError
+from introspect_ray.explainer.model import Explainer
+from introspect_ray.training.checkpoint import CheckpointStore, TrainState
+from introspect_ray.training.metrics import MetricsLog
+from introspect_ray.training.run import TrainingRun
+from introspect_ray.training.schedule import learning_rate, make_optimizer
+from introspect_ray.training.step import Examples, Stepper, StepResult, load_examples
+from introspect_ray.training.workers import Workers
+
+
+def train_loop(settings: dict[str, Any]) -> None:
+    """Ray Train's entry on each worker. Failures that a retry would only repeat are recorded, not raised."""
+    import ray.train
+
+    context = ray.train.get_context()
+    workers = Workers(context.get_world_rank(), context.get_world_size())
+    run = TrainingRun.from_json(settings)
+    torch.set_num_threads(max(1, int(run.config.trainer.cpus_per_worker)))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it costs time
+    try:
+        fit(run, workers)
+    except (UserError, RunFailed) as error:
+        if workers.rank == 0:
+            run.record({"failure": str(error), "by_user": isinstance(error, UserError)})
+
+
+def fit(run: TrainingRun, workers: Workers) -> dict[str, Any]:
+    """Train from the newest checkpoint, or the start, to the end, and export the explainer; returns the results.
+
+    Raises:
+        UserError: a record does not fit the explainer, or a model does not load.
+        RunFailed: loss or gradient became NaN or infinite, or another worker could not start.
+    """
+    explainer, examples = _build_together(run, workers)
+    parameters = explainer.trainable_parameters()
+    optimizer = make_optimizer(parameters.values(), run.config.optimization)
+    store = CheckpointStore(run.checkpoints, run.run_key, run.config.trainer.keep_checkpoints)
+    state = TrainState()
+    if workers.rank == 0:
+        state = store.restore(parameters, optimizer, at_step=None)
+    at_step = workers.agree(state.step, explainer.device)
+    if workers.rank > 0 and at_step > 0:
+        state = store.restore(parameters, optimizer, at_step)
+    log = MetricsLog(run.folder, state.step) if workers.rank == 0 else None
+    results = _steps(Stepper(explainer, examples, run.config, workers), optimizer, state, store, log)
+    if workers.rank == 0:
+        run.record(results)
+        explainer.save(run.config.output)
+        store.clear()
+    return results
+
+
+def _build_together(run: TrainingRun, workers: Workers) -> tuple[Explainer, Examples]:
+    """`build` on every worker. If it fails on one, all fail here and none is left waiting for a message."""
+    error: UserError | None = None
+    try:
+        explainer, examples = build(run)
+    except UserError as found:
+        error = found
+    device = torch.device("cpu") if error or workers.size == 1 else explainer.device
+    everyone = workers.all_true(error is None, device)
+    if error is not None:
+        raise error
+    if not everyone:
+        raise RunFailed("another worker could not load the explainer or its examples")
+    return explainer, examples
+
+
+def build(run: TrainingRun) -> tuple[Explainer, Examples]:
+    """The untrained explainer with the parameters that the method trains set free, and its examples."""
+    config = run.config
+    explainer = Explainer.create(config.explainer, run.target, config.seed)
+    if config.method == "lora":
+        explainer.add_adapter(config.lora, config.seed)
+    else:
+        explainer.model.requires_grad_(True)
+    explainer.projections.requires_grad_(True)
+    explainer.train()
+    examples = load_examples(explainer, config.datasets)
+    return explainer, examples
+
+
+def _steps(
+    stepper: Stepper, optimizer: torch.optim.AdamW, state: TrainState, store: CheckpointStore, log: MetricsLog | None
+) -> dict[str, Any]:
+    """All steps that are left; returns the last line of metrics, rounding differences and timings apart the same for
+    any history of interruptions."""
+    config = stepper.config
+    steps = config.optimization.steps
+    started, tokens_before = time.monotonic(), state.tokens
+    last: dict[str, Any] = {}
+    for number in range(state.step, steps):
+        result = stepper.step(number, optimizer)
+        _add(state, result)
+        if state.step % config.trainer.log_every == 0 or state.step == steps:
+            speed = (state.tokens - tokens_before) / (time.monotonic() - started)
+            last = _metrics(state, result, config, speed)
+            started, tokens_before = time.monotonic(), state.tokens
+            if log is not None:
+                log.append(last)
+        is_due = state.step % config.trainer.checkpoint_every == 0 and state.step < steps
+        if is_due and log is not None:
+            store.save(stepper.explainer.trainable_parameters(), optimizer, state)
+    return last
+
+
+def _add(state: TrainState, result: StepResult) -> None:
+    state.step += 1
+    state.tokens += result.tokens
+    state.window_loss += result.loss_sum
+    state.window_tokens += result.loss_tokens
+
+
+def _metrics(state: TrainState, result: StepResult, config: TrainConfig, speed: float) -> dict[str, Any]:
+    """One line of metrics; the loss is the token mean since the line before, which starts anew."""
+    metrics = {
+        "step": state.step,
+        "loss": state.window_loss / state.window_tokens,
+        "lr": learning_rate(state.step - 1, config.optimization),
+        "tokens": state.tokens,
+        "tokens_per_second": round(speed, 1),
+        "grad_norm": result.grad_norm,
+    }
+    state.window_loss, state.window_tokens = 0.0, 0
+    return metrics

@@ -1,0 +1,184 @@
+"""A training run before any model loads: its checks, its identity, and what of it exists already. No Ray here.
+
+Output folder:  training.json (first; again with results)  metrics.jsonl  checkpoints/  ...  explainer.json (last)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from introspect_ray.config import Config, LoraConfig, TrainConfig, TrainerConfig, resolved
+from introspect_ray.data.dataset import Dataset, open_dataset
+from introspect_ray.data.prepare import identify_target
+from introspect_ray.data.storage import TEMPORARY, Folder
+from introspect_ray.errors import UserError
+from introspect_ray.explainer.card import CARD_FILE, TargetInfo, is_remote
+from introspect_ray.explainer.projections import resolve_kind
+from introspect_ray.tasks.base import stable_id
+
+TRAINING_FILE = "training.json"
+METRICS_FILE = "metrics.jsonl"
+CHECKPOINTS_FOLDER = "checkpoints"
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """A run that passed every check. Ships to workers as JSON types (`to_json`), paths made absolute."""
+
+    config: TrainConfig
+    target: TargetInfo
+    run_key: str
+    """Equal for equal datasets, starting weights and every setting that can change the result."""
+    num_examples: int
+
+    @property
+    def folder(self) -> Folder:
+        return Folder(self.config.output)
+
+    @property
+    def checkpoints(self) -> Folder:
+        return Folder(f"{self.config.output.rstrip('/')}/{CHECKPOINTS_FOLDER}")
+
+    def is_complete(self) -> bool:
+        """Whether the explainer is there; `prepare` has made sure that it is this run's."""
+        return self.folder.size(CARD_FILE) is not None
+
+    def record(self, results: dict[str, Any]) -> None:
+        """Write training.json: the run's identity, its resolved config, and what came of it so far."""
+        content = {"run_key": self.run_key, "config": resolved(self.config), "results": results}
+        self.folder.write(TRAINING_FILE, (json.dumps(content, indent=2) + "\n").encode())
+
+    def results(self) -> dict[str, Any]:
+        """What training.json says came of the run: its last line of metrics, or its `failure`."""
+        return json.loads(self.folder.read(TRAINING_FILE))["results"]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "config": resolved(self.config),
+            "target": self.target.model_dump(),
+            "run_key": self.run_key,
+            "num_examples": self.num_examples,
+        }
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> TrainingRun:
+        return cls(
+            config=TrainConfig.model_validate(content["config"]),
+            target=TargetInfo.model_validate(content["target"]),
+            run_key=content["run_key"],
+            num_examples=content["num_examples"],
+        )
+
+
+def prepare(config: TrainConfig) -> TrainingRun:
+    """Check a run from end to end. Raises UserError; reads no weights and writes nothing."""
+    config = _absolute(config)
+    datasets = [open_dataset(url) for url in config.datasets]
+    if not datasets:
+        raise UserError("datasets is empty, expected at least one dataset folder")
+    _check_one_target(datasets)
+    target = datasets[0].manifest.target
+    base = identify_target(config.explainer.model)
+    resolve_kind(config.explainer.projection, target.width, base.width)
+    for dataset in datasets:
+        if not dataset.manifest.selected.get("train", 0):
+            raise UserError(f"dataset {dataset.folder.url} has no records in its train split, expected at least one")
+    contents = [[shard.digest for shard in dataset.manifest.shards] for dataset in datasets]
+    keys = [dataset.manifest.run_key for dataset in datasets]
+    run = TrainingRun(
+        config=config,
+        target=TargetInfo(path=target.path, width=target.width, num_layers=target.num_layers),
+        run_key=stable_id(resolved(relevant(config)), keys, contents, base.model_dump()),
+        num_examples=sum(dataset.manifest.selected["train"] for dataset in datasets),
+    )
+    _check_output(run)
+    return run
+
+
+def relevant(config: TrainConfig) -> TrainConfig:
+    """The config with everything that cannot change the result set to its default.
+
+    Workers and micro-batches stay out: they change a sum's order of rounding and nothing else. Datasets are known by
+    their contents, not by where they lie.
+    """
+    reset: dict[str, Any] = {"output": "", "trainer": TrainerConfig(), "datasets": ()}
+    if config.method == "full":
+        reset["lora"] = LoraConfig()
+    model = config.explainer.model.model_copy(update={"device": "auto"})
+    reset["explainer"] = config.explainer.model_copy(update={"model": model})
+    return config.model_copy(update=reset)
+
+
+def _absolute(config: TrainConfig) -> TrainConfig:
+    """Local paths made absolute, because workers have a working directory of their own."""
+
+    def absolute(path: str) -> str:
+        return path if "://" in path else str(Path(path).expanduser().absolute())
+
+    model = config.explainer.model
+    if Path(model.path).expanduser().is_dir():
+        model = model.model_copy(update={"path": absolute(model.path)})
+    return config.model_copy(
+        update={
+            "datasets": tuple(absolute(url) for url in config.datasets),
+            "output": absolute(config.output),
+            "explainer": config.explainer.model_copy(update={"model": model}),
+        }
+    )
+
+
+def _check_one_target(datasets: list[Dataset]) -> None:
+    first = datasets[0]
+    for other in datasets[1:]:
+        if other.manifest.target != first.manifest.target:
+            one, two = first.manifest.target, other.manifest.target
+            raise UserError(
+                f"datasets are of different targets: {first.folder.url} of {one.path} (width {one.width}), "
+                f"{other.folder.url} of {two.path} (width {two.width}); expected one target"
+            )
+
+
+def _check_output(run: TrainingRun) -> None:
+    """Refuse an output folder that holds something else than this very run, begun or finished."""
+    folder, url = run.folder, run.folder.url
+    names = [name for name in folder.names() if not name.startswith(TEMPORARY)]
+    if not names:
+        return
+    if TRAINING_FILE not in names:
+        raise UserError(f"output folder {url} is not empty and holds no training run ({names[0]}, ...): choose another")
+    try:
+        found = json.loads(folder.read(TRAINING_FILE))
+        key, other = found["run_key"], TrainConfig.model_validate(found["config"])
+    except (ValueError, KeyError, TypeError, ValidationError):
+        raise UserError(f"output folder {url}: its {TRAINING_FILE} is none of this version's: choose another") from None
+    if key == run.run_key:
+        return
+    differences = list(_differences(relevant(other), relevant(run.config)))
+    what = "; ".join(differences) or "the contents of its datasets or of its starting model have changed since"
+    raise UserError(f"output folder {url} belongs to another config ({what}): choose another folder or delete it")
+
+
+def _differences(there: Config, here: Config, prefix: str = "") -> Iterator[str]:
+    for name in type(there).model_fields:
+        one, other = getattr(there, name), getattr(here, name)
+        if isinstance(one, Config):
+            yield from _differences(one, other, f"{prefix}{name}.")
+        elif one != other:
+            yield f"{prefix}{name} is {one!r} there, {other!r} here"
+
+
+def storage_of(output: str) -> tuple[str, Any]:
+    """Path and file system (None for local disks) under which Ray Train may keep its own notes about a run."""
+    if not is_remote(output):
+        return output.removeprefix("file://"), None
+    import fsspec
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    filesystem, path = fsspec.core.url_to_fs(output)
+    return path, PyFileSystem(FSSpecHandler(filesystem))

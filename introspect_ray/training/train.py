@@ -1,0 +1,155 @@
+"""Training an explainer on Ray Train, from a driver that only watches.
+
+driver   prepare (no Ray, no model) -> claim folder -> TorchTrainer(train_loop) -> summary
+         a thread reads metrics.jsonl for progress
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import ray
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from introspect_ray.config import TrainConfig, TrainerConfig
+from introspect_ray.data.cluster import ADDRESS_VARIABLE, connect, is_verbose
+from introspect_ray.errors import RunFailed, UserError
+from introspect_ray.training.loop import train_loop
+from introspect_ray.training.metrics import read_metrics
+from introspect_ray.training.run import TrainingRun, prepare, storage_of
+
+Progress = Callable[[int, int, float], None]
+"""Called with steps done, steps in all, and the newest loss (token mean, nats)."""
+NOTES_FOLDER = "ray_train"
+POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run left in its output folder."""
+
+    output: str
+    num_examples: int
+    results: dict[str, Any]
+    """The last line of metrics.jsonl."""
+    was_complete: bool
+
+    @property
+    def line(self) -> str:
+        """One line for people."""
+        start = f"{self.output} was already complete" if self.was_complete else f"wrote {self.output}"
+        steps, loss = self.results["step"], self.results["loss"]
+        return f"{start}: explainer after {steps} steps on {self.num_examples} examples, loss {loss:.4f} nats per token"
+
+
+def train_explainer(config: TrainConfig, progress: Progress) -> Summary:
+    """Train the explainer that `config` describes, or what is left of it; the same call after any interruption goes on.
+
+    Raises:
+        UserError: bad input, before any model loads.
+        RunFailed: the run broke in a way that starting over would only repeat, or workers failed too often.
+    """
+    run = prepare(config)
+    if run.is_complete():
+        return Summary(config.output, run.num_examples, run.results(), was_complete=True)
+    run.record({})
+    with connect(), _watched(run, progress):
+        _check_resources(config.trainer)
+        results = _fit(run)
+    return Summary(config.output, run.num_examples, results, was_complete=False)
+
+
+def _fit(run: TrainingRun) -> dict[str, Any]:
+    trainer = run.config.trainer
+    path, filesystem = storage_of(run.config.output)
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    # A new name each time: Ray would take a known one for a run of its own to be resumed or handed back.
+    name = uuid.uuid4().hex
+    torch_trainer = TorchTrainer(
+        train_loop,
+        train_loop_config=run.to_json(),
+        scaling_config=ScalingConfig(
+            num_workers=trainer.num_workers,
+            use_gpu=trainer.gpus_per_worker > 0,
+            resources_per_worker={"CPU": trainer.cpus_per_worker, "GPU": trainer.gpus_per_worker},
+        ),
+        torch_config=TorchConfig(backend="nccl" if trainer.gpus_per_worker > 0 else "gloo"),
+        run_config=RunConfig(
+            name=name,
+            storage_path=f"{path.rstrip('/')}/{NOTES_FOLDER}",
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=trainer.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=None),
+        ),
+    )
+    try:
+        torch_trainer.fit()
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise RunFailed(f"training failed after {trainer.max_failures} retries: {lines[-1]}") from (
+            error if is_verbose() else None
+        )
+    finally:
+        _remove_notes(run)
+    results = run.results()
+    if "failure" in results:
+        raise (UserError if results["by_user"] else RunFailed)(results["failure"])
+    return results
+
+
+def _remove_notes(run: TrainingRun) -> None:
+    filesystem, path = fsspec.core.url_to_fs(f"{run.config.output.rstrip('/')}/{NOTES_FOLDER}")
+    if filesystem.exists(path):
+        filesystem.rm(path, recursive=True)
+
+
+def _check_resources(trainer: TrainerConfig) -> None:
+    """Refuse workers that this machine can never place; a cluster elsewhere may grow, so nothing is said about it."""
+    if os.environ.get(ADDRESS_VARIABLE):
+        return
+    there = ray.cluster_resources()
+    for key, each, resource in (
+        ("cpus_per_worker", trainer.cpus_per_worker, "CPU"),
+        ("gpus_per_worker", trainer.gpus_per_worker, "GPU"),
+    ):
+        wanted, found = trainer.num_workers * each, there.get(resource, 0)
+        if wanted > found:
+            raise UserError(
+                f"trainer.num_workers {trainer.num_workers} x trainer.{key} {each:g} needs {wanted:g} {resource}s, "
+                f"but this machine has {found:g}"
+            )
+
+
+@contextmanager
+def _watched(run: TrainingRun, progress: Progress) -> Iterator[None]:
+    """Calls `progress` from a thread whenever metrics.jsonl has grown, and once more at the end."""
+    stop = threading.Event()
+    shown = 0
+
+    def look() -> None:
+        nonlocal shown
+        metrics = read_metrics(run.folder)
+        if metrics and metrics[-1]["step"] != shown:
+            shown = metrics[-1]["step"]
+            progress(shown, run.config.optimization.steps, metrics[-1]["loss"])
+
+    def watch() -> None:
+        while not stop.wait(POLL_S):
+            look()
+
+    thread = threading.Thread(target=watch, name="training-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        look()

@@ -1,0 +1,82 @@
+"""The whole idea in one command: interventions make ground truth, an explainer learns it, a report says how well.
+
+For every task: generate a dataset on the target (Ray Data), train an explainer that starts from the target's weights
+(Ray Train), then evaluate all of them beside every baseline and control. Stop it at any moment; the same command goes on.
+"""
+
+import time
+
+from evaluate_explainer import evaluate
+from generate_dataset import generate
+from train_explainer import train
+
+from introspect_ray.cli import run_job
+from introspect_ray.config import (
+    EvaluateConfig,
+    EvaluationRun,
+    GenerateConfig,
+    QuickstartConfig,
+    QuickstartTask,
+    TaskName,
+    TrainConfig,
+)
+from introspect_ray.data.cluster import connect
+
+
+def main(config: QuickstartConfig) -> None:
+    started = time.monotonic()
+    with connect():
+        for task in config.tasks:
+            print(f"\n== {task}: generate", flush=True)
+            print(generate(generate_config(config, task)), flush=True)
+        for task in config.tasks:
+            print(f"\n== {task}: train", flush=True)
+            print(train(train_config(config, task)), flush=True)
+        print("\n== evaluate", flush=True)
+        summary = evaluate(evaluate_config(config))
+    print(f"\n{summary.table}\n\nfinished in {(time.monotonic() - started) / 60:.1f} min")
+    print(f"wrote {summary.scores} and {summary.report}")
+
+
+def generate_config(config: QuickstartConfig, task: TaskName) -> GenerateConfig:
+    return GenerateConfig(
+        task=task,
+        output=f"{config.output}/datasets/{task}",
+        target=config.target,
+        source=of_task(config, task).source,
+        actors=config.actors,
+        seed=config.seed,
+    )
+
+
+def train_config(config: QuickstartConfig, task: TaskName) -> TrainConfig:
+    return TrainConfig(
+        datasets=(f"{config.output}/datasets/{task}",),
+        output=f"{config.output}/explainers/{task}",
+        explainer=of_task(config, task).explainer,
+        optimization=of_task(config, task).optimization,
+        trainer=config.trainer,
+        seed=config.seed,
+    )
+
+
+def evaluate_config(config: QuickstartConfig) -> EvaluateConfig:
+    return EvaluateConfig(
+        runs=tuple(
+            EvaluationRun(dataset=f"{config.output}/datasets/{task}", explainer=f"{config.output}/explainers/{task}")
+            for task in config.tasks
+        ),
+        output=f"{config.output}/evaluation",
+        max_examples=config.max_examples,
+        actors=config.actors,
+        seed=config.seed,
+    )
+
+
+def of_task(config: QuickstartConfig, task: TaskName) -> QuickstartTask:
+    settings: QuickstartTask = getattr(config, task)
+    return settings
+
+
+if __name__ == "__main__":
+    run_job(QuickstartConfig, main, __doc__)

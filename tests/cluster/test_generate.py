@@ -1,0 +1,146 @@
+"""The same dataset comes out of one run, of two, of a killed and continued one, and of one that loses an actor."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from fake_task import FakeTask, crash, fake_config, fake_target, load_no_such_model
+
+import introspect_ray.data.generate as generate_module
+from introspect_ray.data.cluster import connect
+from introspect_ray.data.dataset import canonical_dump, open_dataset
+from introspect_ray.data.generate import generate_dataset
+from introspect_ray.errors import RunFailed, UserError
+
+TESTS = Path(__file__).parents[1]
+QUESTIONS = ["skip me", "raise 1", "nan 1", *(f"question {number}" for number in range(21))]
+DRIVER = """
+import sys
+from fake_task import FakeTask, fake_target
+from introspect_ray.cli import run_job
+from introspect_ray.config import GenerateConfig
+from introspect_ray.data.generate import generate_dataset
+
+def main(config):
+    show = lambda now: print("DONE", now.shards_done, flush=True)
+    print(generate_dataset(config, show, FakeTask(delay=0.1), fake_target).line, flush=True)
+
+run_job(GenerateConfig, main, "", sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with pytest.MonkeyPatch.context() as patch, connect_with_tests(patch):
+        yield
+
+
+@contextmanager
+def connect_with_tests(patch):
+    """A local cluster whose workers can import this folder's fakes."""
+    patch.delenv("RAY_ADDRESS", raising=False)
+    patch.setenv("PYTHONPATH", str(TESTS), prepend=os.pathsep)
+    with connect():
+        yield
+
+
+def run(config, task=None):
+    seen = []
+    summary = generate_dataset(config, seen.append, task or FakeTask(), fake_target)
+    return summary, seen
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, cluster):  # noqa: ARG001
+    folder = tmp_path_factory.mktemp("reference")
+    config = fake_config(folder, QUESTIONS, actors={"max_size": 2, "initial_size": 2, "num_cpus": 0.5})
+    summary, seen = run(config)
+    return config, summary, seen
+
+
+def test_one_run_is_complete_and_a_second_does_nothing(reference, monkeypatch):
+    config, summary, seen = reference
+    assert summary.shards_written == len(summary.manifest.shards) == 6
+    assert [now.shards_done for now in seen] == list(range(7))
+    assert (seen[-1].items_done, seen[-1].num_items) == (23, 23)
+    assert seen[-1].records_written == summary.manifest.num_records
+    monkeypatch.setattr(generate_module, "connect", None)
+    again, seen_again = run(config)
+    assert (again.shards_written, seen_again) == (0, [])
+    assert again.manifest == summary.manifest
+    assert "was already complete" in again.line
+
+
+def test_two_runs_hold_the_same_records(reference, tmp_path):
+    config = fake_config(tmp_path, QUESTIONS)
+    run(config)
+    assert canonical_dump(open_dataset(config.output)) == canonical_dump(open_dataset(reference[0].output))
+
+
+def test_an_actor_that_dies_costs_nothing(reference, tmp_path):
+    questions = [*QUESTIONS[:9], "kill 1", *QUESTIONS[9:]]
+    marker = tmp_path / "killed"
+    config = fake_config(tmp_path, questions)
+    summary, _ = run(config, FakeTask(marker=str(marker)))
+    assert marker.exists()
+    assert summary.manifest.num_records == reference[1].manifest.num_records + 2
+    texts = {record["text"] for record in open_dataset(config.output).records(None, selected=False)}
+    assert set(questions) - texts == {"skip me", "raise 1", "nan 1"}
+
+
+def test_a_shard_that_always_kills_its_actor_fails_the_run_alone(tmp_path, cluster):  # noqa: ARG001
+    config = fake_config(tmp_path, ["a", "b", "kill", "c"], items_per_shard=1)
+    with pytest.raises(RunFailed, match=r"1 shards were not written, the first is shards/shard-00002.parquet"):
+        run(config, FakeTask(marker="/nowhere/at all"))
+    assert len(list((tmp_path / "out" / "shards").glob("shard-*"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("load", "kind", "line"),
+    [(load_no_such_model, UserError, "^model .* has no weights$"), (crash, RunFailed, "ZeroDivisionError: a defect")],
+)
+def test_what_an_actor_cannot_load_is_one_line(tmp_path, cluster, load, kind, line):  # noqa: ARG001
+    config = fake_config(tmp_path, QUESTIONS)
+    with pytest.raises(kind, match=line) as caught:
+        generate_dataset(config, lambda _: None, FakeTask(), load)
+    assert "\n" not in str(caught.value)
+
+
+def test_actors_that_this_machine_cannot_hold(tmp_path, cluster):  # noqa: ARG001
+    config = fake_config(tmp_path, QUESTIONS, actors={"num_gpus": 64})
+    with pytest.raises(UserError, match=r"actors.num_gpus is 64, but this machine has \d+ GPUs"):
+        run(config)
+
+
+def test_killed_driver_continues_to_the_same_dataset(reference, tmp_path):
+    config = fake_config(tmp_path, QUESTIONS)
+    (tmp_path / "config.yaml").write_text(json.dumps(config.model_dump(mode="json")))
+    (tmp_path / "driver.py").write_text(DRIVER)
+    command = [sys.executable, str(tmp_path / "driver.py"), "--config", str(tmp_path / "config.yaml")]
+    environment = {**os.environ, "PYTHONPATH": str(TESTS), "RAY_ADDRESS": ""}
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    for line in first.stdout:
+        if line.startswith("DONE 2"):
+            break
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    time.sleep(1)  # actors of the dead driver may still rename a file
+    shards = tmp_path / "out" / "shards"
+    before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in shards.glob("shard-*.parquet")}
+    assert 2 <= len(before) < 6
+    with pytest.raises(UserError, match="it was not finished"):
+        open_dataset(config.output)
+    second = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert second.returncode == 0, second.stderr
+    assert f"({6 - len(before)} of 6 shards in this run)" in second.stdout.splitlines()[-1]
+    assert second.stderr == "", "Ray stays quiet"
+    after = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in shards.glob("shard-*.parquet")}
+    assert {name: after[name] for name in before} == before
+    assert canonical_dump(open_dataset(config.output)) == canonical_dump(open_dataset(reference[0].output))
+    assert not list((tmp_path / "out").rglob(".tmp-*"))

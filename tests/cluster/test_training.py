@@ -1,0 +1,118 @@
+"""Ray Train end to end on the local CPU: two workers equal one; a killed driver's run ends in the same weights."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_helpers import train_config
+
+from introspect_ray.cli import as_yaml
+from introspect_ray.config import TrainConfig
+from introspect_ray.data.cluster import connect
+from introspect_ray.errors import RunFailed, UserError
+from introspect_ray.training.run import prepare
+from introspect_ray.training.train import train_explainer
+
+JOB = Path(__file__).parents[2] / "jobs" / "train_explainer.py"
+# Two workers sum a batch in another order; over the steps of these runs the difference stays at this size.
+SAME = {"rtol": 0, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def ray_connection():
+    with connect():
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A dataset, a starting model, and the explainer of an undisturbed run of one worker in `one`."""
+    made = tmp_path_factory.mktemp("training")
+    train_config(made)
+    return made
+
+
+def config_of(folder: Path, output: str, **changes: object) -> TrainConfig:
+    settings = {"optimization__steps": 40, "optimization__learning_rate": 1e-3, "trainer__checkpoint_every": 5}
+    return train_config(folder, output=str(folder / output), **{**settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def one_worker(ray_connection, folder):
+    seen = []
+    summary = train_explainer(config_of(folder, "one"), lambda *progress: seen.append(progress))
+    return summary, seen
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_one_worker_trains_and_is_not_trained_again(one_worker, folder):
+    summary, seen = one_worker
+    assert not summary.was_complete
+    assert summary.line == f"wrote {folder / 'one'}: explainer after 40 steps on 24 examples, " + (
+        f"loss {summary.results['loss']:.4f} nats per token"
+    )
+    assert seen[-1] == (40, 40, summary.results["loss"])
+    assert not (folder / "one" / "ray_train").exists()
+    assert not (folder / "one" / "checkpoints").exists()
+    before = (folder / "one" / "model.safetensors").stat().st_mtime_ns
+    again = train_explainer(config_of(folder, "one", trainer__num_workers=2), lambda *_: None)
+    assert again.was_complete
+    assert again.results == summary.results
+    assert (folder / "one" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_two_workers_equal_one(one_worker, folder):
+    summary = train_explainer(config_of(folder, "two", trainer__num_workers=2), lambda *_: None)
+    assert summary.results["loss"] == pytest.approx(one_worker[0].results["loss"], abs=1e-5)
+    one, two = weights(folder / "one"), weights(folder / "two")
+    start = load_file(folder / "base" / "model.safetensors")
+    assert max((one[name] - start[name]).abs().max() for name in one) > 1e-2
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, **SAME)
+
+
+def test_failures_that_repeat_end_the_run_with_their_line(ray_connection, folder):
+    short = folder / "short"
+    short.mkdir()
+    config = train_config(short)
+    path = short / "base" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 80}))
+    with pytest.raises(UserError, match="tokens with its answer, the explainer reads at most 80"):
+        train_explainer(config, lambda *_: None)
+    with pytest.raises(UserError, match="trainer.num_workers 900 x trainer.cpus_per_worker 1 needs 900 CPUs"):
+        train_explainer(config_of(folder, "many", trainer__num_workers=900), lambda *_: None)
+    with pytest.raises(RunFailed, match=r"step \d+: loss is .* expected finite numbers"):
+        train_explainer(config_of(folder, "wild", optimization__learning_rate=1e30), lambda *_: None)
+
+
+def test_killed_driver_goes_on_to_the_same_weights(one_worker, folder):
+    # One line of metrics per step slows nothing down and shows when the run is under way.
+    config = config_of(folder, "killed", trainer__log_every=1)
+    (folder / "killed.yaml").write_text(as_yaml(config))
+    command = [sys.executable, str(JOB), "--config", str(folder / "killed.yaml")]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoint = folder / "killed" / "checkpoints" / "step_000010" / "state.json"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and time.monotonic() < deadline and driver.poll() is None:
+        time.sleep(0.01)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    assert checkpoint.exists()
+    assert not prepare(config).is_complete()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    one, killed = weights(folder / "one"), weights(folder / "killed")
+    assert all(torch.equal(one[name], killed[name]) for name in one)
+    lines = [json.loads(line) for line in (folder / "killed" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 41))
