@@ -112,14 +112,28 @@ class ActivationPatchingConfig(Config):
 class InputAblationConfig(Config):
     """Task 3: multiple-choice questions with a hint."""
 
+    answer: Literal["letter", "text"] = "letter"
+    """How the target answers: by an option's letter (P1), or by its text where that is a single token."""
+    question: str = "{question}\n{options}{hint}\nAnswer:"
+    """Layout of the prompt; `{options}` holds all options, `{hint}` is where the hint stands."""
+    option: str = "{letter}. {choice}"
+    """Layout of one option."""
+    separator: str = "\n"
+    """Between two options."""
     hint: str = "\nHint: {letter}"
-    """Wording of the span that is ablated; `{letter}` becomes the hinted option's letter."""
+    """Wording of the span that is ablated; `{letter}` and `{choice}` are the hinted option's."""
     policy: Literal["random", "wrong", "correct"] = "random"
     """Which option a hint names."""
-    question: str = "{question}\n{options}{hint}\nAnswer:"
-    """Layout of the prompt; `{options}` holds one `A. text` line per choice."""
-    option: str = "{letter}. {choice}"
-    """Layout of one option line."""
+
+
+POCKET_QUESTIONS = InputAblationConfig(
+    answer="text",
+    question="{question}\nChoose {options}.{hint}\nAnswer:",
+    option="{choice}",
+    separator=" or ",
+    hint="\nHint: {choice}",
+)
+"""The questions that the pocket targets were trained on: models of this size bind a word, not a letter, to an answer."""
 
 
 class ActorConfig(Config):
@@ -274,7 +288,7 @@ class PocketTargetConfig(Config):
     width: Annotated[int, Field(ge=8)]
     mlp_width: Annotated[int, Field(ge=8)]
     heads: Annotated[int, Field(ge=1)]
-    steps: Annotated[int, Field(ge=1)] = 4000
+    steps: Annotated[int, Field(ge=1)] = 2600
     rows: Annotated[int, Field(ge=1)] = 32
     row_length: Annotated[int, Field(ge=16)] = 96
     learning_rate: Annotated[float, Field(gt=0)] = 3e-3
@@ -287,22 +301,24 @@ class PocketSparseConfig(Config):
     sae_layer: Annotated[int, Field(ge=0)] = 1
     """Decoder layer whose residual output the SAE reads."""
     sae_latents: Annotated[int, Field(ge=1)] = 1536
-    sae_active: Annotated[int, Field(ge=1)] = 16
+    sae_active: Annotated[int, Field(ge=1)] = 8
     """Mean number of active latents per token."""
     transcoder_layer: Annotated[int, Field(ge=0)] = 1
     """Decoder layer whose MLP the transcoder stands for."""
     transcoder_latents: Annotated[int, Field(ge=1)] = 1024
-    transcoder_active: Annotated[int, Field(ge=1)] = 16
+    transcoder_active: Annotated[int, Field(ge=1)] = 8
     documents: Annotated[int, Field(ge=1)] = 12000
     """Documents of each of three samples: to train on, to choose labels on, to score labels on."""
-    rows_per_word: Annotated[int, Field(ge=1)] = 600
+    rows_per_word: Annotated[int, Field(ge=1)] = 200
     """Tokens of one word that train the coders at most; names are rare and would get no latents otherwise."""
-    steps: Annotated[int, Field(ge=1)] = 1500
-    batch_size: Annotated[int, Field(ge=1)] = 1024
+    steps: Annotated[int, Field(ge=1)] = 2000
+    batch_size: Annotated[int, Field(ge=1)] = 512
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     dead_after: Annotated[int, Field(ge=1)] = 100
     """Steps without firing after which a latent is trained on what the others leave over."""
-    active_share: Fraction = 0.2
+    longest: Annotated[float, Field(gt=0)] = 2
+    """Vectors longer than this multiple of the median are attention sinks and left out of labelling."""
+    active_share: Fraction = 0.5
     """A latent counts as firing where its activation exceeds this share of its largest one."""
     minimum_firings: Annotated[int, Field(ge=1)] = 10
     """Latents that fire on fewer tokens of the sample count as dead and get no label."""
@@ -332,6 +348,8 @@ class QuickstartConfig(Config):
     feature_description: QuickstartTask = QuickstartTask()
     activation_patching: QuickstartTask = QuickstartTask()
     input_ablation: QuickstartTask = QuickstartTask()
+    questions: InputAblationConfig = POCKET_QUESTIONS
+    """Layout of the questions of input_ablation."""
     actors: ActorConfig = ActorConfig(initial_size=2, max_size=2)
     trainer: TrainerConfig = TrainerConfig(cpus_per_worker=2)
     max_examples: Annotated[int, Field(ge=1)] | None = 1000
@@ -346,15 +364,11 @@ class BuildPocketConfig(Config):
     work: str = "runs/build_pocket"
     """Checkpoints and the tokenizer; may be deleted when the build is done."""
     vocabulary_size: Annotated[int, Field(ge=300)] = 2048
-    target_a: PocketTargetConfig = PocketTargetConfig(
-        architecture="llama", layers=4, width=160, mlp_width=448, heads=5, steps=3000
-    )
-    target_b: PocketTargetConfig = PocketTargetConfig(
-        architecture="qwen3", layers=6, width=128, mlp_width=384, heads=4, steps=3000
-    )
+    target_a: PocketTargetConfig = PocketTargetConfig(architecture="llama", layers=4, width=160, mlp_width=448, heads=5)
+    target_b: PocketTargetConfig = PocketTargetConfig(architecture="qwen3", layers=6, width=128, mlp_width=384, heads=4)
     sparse: PocketSparseConfig = PocketSparseConfig()
-    threads: Annotated[int, Field(ge=1)] = 2
-    """CPU threads of torch."""
+    threads: Annotated[int, Field(ge=1)] = 1
+    """CPU threads of torch; another number changes the order of sums, and so the last digits of the weights."""
     seed: int = 0
 
 

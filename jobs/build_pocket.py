@@ -3,24 +3,24 @@
 Run the same command again to go on after a stop; stages that are done are kept.
 """
 
-from tqdm import tqdm
+from contextlib import ExitStack
 
-from introspect_ray.cli import run_job
+from introspect_ray.cli import progress_bar, run_job
 from introspect_ray.config import BuildPocketConfig
-from introspect_ray.pocket.build import build_pocket
 
 
 def main(config: BuildPocketConfig) -> None:
-    bars: dict[str, tqdm] = {}
+    from introspect_ray.pocket.build import build_pocket  # torch loads only after the config is checked
 
-    def progress(stage: str, step: int, steps: int, loss: float) -> None:
-        bar = bars.setdefault(stage, tqdm(desc=stage, total=steps, unit="step", mininterval=5))
-        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        bar.update(step - bar.n)
-        if step == steps:
-            bar.close()
+    with ExitStack() as stack:
+        bars = {}
 
-    manifest = build_pocket(config, progress)
+        def progress(stage: str, step: int, steps: int, loss: float) -> None:
+            if stage not in bars:
+                bars[stage] = stack.enter_context(progress_bar(stage, "step"))
+            bars[stage](step, steps, f"loss {loss:.3f}")
+
+        manifest = build_pocket(config, progress)
     print(f"wrote {len(manifest['files'])} files, {manifest['total_bytes'] / 1e6:.1f} MB, to {config.output}")
 
 

@@ -2,30 +2,25 @@
 
 Each run pairs a dataset (from generate_dataset.py) with the explainer trained on it (from train_explainer.py):
     --runs '[{dataset: runs/dataset, explainer: runs/explainer}]'
+Run the same command again to go on after a stop: answers that are there are kept.
 """
 
-from tqdm import tqdm
-
-from introspect_ray.cli import run_job
+from introspect_ray.cli import progress_bar, run_job
 from introspect_ray.config import EvaluateConfig
-from introspect_ray.data.evaluate import EvaluationSummary, evaluate_explainer
 
 
-def evaluate(config: EvaluateConfig) -> EvaluationSummary:
-    """Evaluate with a progress bar."""
-    with tqdm(desc="answers", unit="answer", mininterval=2) as bar:
+def evaluate(config: EvaluateConfig) -> str:
+    """Evaluate with a progress bar; the table of scores and one line about what was written."""
+    from introspect_ray.training.evaluate import (
+        evaluate_explainer,  # Ray and torch load only after the config is checked
+    )
 
-        def progress(task: str, count: int) -> None:
-            bar.set_description(f"answers, {task}", refresh=False)
-            bar.update(count)
-
-        return evaluate_explainer(config, progress)
+    with progress_bar("evaluate", "answer") as show:
+        return evaluate_explainer(config, show).text
 
 
 def main(config: EvaluateConfig) -> None:
-    summary = evaluate(config)
-    print(summary.table)
-    print(f"wrote {summary.scores} and {summary.report}")
+    print(evaluate(config))
 
 
 if __name__ == "__main__":

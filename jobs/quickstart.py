@@ -1,7 +1,8 @@
 """The whole idea in one command: interventions make ground truth, an explainer learns it, a report says how well.
 
 For every task: generate a dataset on the target (Ray Data), train an explainer that starts from the target's weights
-(Ray Train), then evaluate all of them beside every baseline and control. Stop it at any moment; the same command goes on.
+(Ray Train), then evaluate all of them beside every baseline and control.
+Stop it at any moment; the same command goes on.
 """
 
 import time
@@ -20,22 +21,26 @@ from introspect_ray.config import (
     TaskName,
     TrainConfig,
 )
-from introspect_ray.data.cluster import connect
 
 
 def main(config: QuickstartConfig) -> None:
+    from introspect_ray.data.cluster import connect  # Ray loads only after the config is checked
+
     started = time.monotonic()
     with connect():
         for task in config.tasks:
-            print(f"\n== {task}: generate", flush=True)
+            say(f"{task}: generate")
             print(generate(generate_config(config, task)), flush=True)
         for task in config.tasks:
-            print(f"\n== {task}: train", flush=True)
+            say(f"{task}: train")
             print(train(train_config(config, task)), flush=True)
-        print("\n== evaluate", flush=True)
-        summary = evaluate(evaluate_config(config))
-    print(f"\n{summary.table}\n\nfinished in {(time.monotonic() - started) / 60:.1f} min")
-    print(f"wrote {summary.scores} and {summary.report}")
+        say("evaluate")
+        text = evaluate(evaluate_config(config))
+    print(f"\nfinished in {(time.monotonic() - started) / 60:.1f} min\n\n{text}")
+
+
+def say(stage: str) -> None:
+    print(f"\n== {stage}", flush=True)
 
 
 def generate_config(config: QuickstartConfig, task: TaskName) -> GenerateConfig:
@@ -44,6 +49,7 @@ def generate_config(config: QuickstartConfig, task: TaskName) -> GenerateConfig:
         output=f"{config.output}/datasets/{task}",
         target=config.target,
         source=of_task(config, task).source,
+        input_ablation=config.questions,
         actors=config.actors,
         seed=config.seed,
     )

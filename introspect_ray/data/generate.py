@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -116,12 +116,14 @@ def generate_dataset(
         return Summary(config.output, manifest, 0)
     begin(prepared, todo)
     if todo:
-        _report(prepared, done, todo, progress)
+        records_written = 0
+        _report(prepared, done, records_written, progress)
         with connect():
             _check_resources(config.actors)
             for order, info in _run(prepared, todo, load_target):
                 done[order.index] = info
-                _report(prepared, done, todo, progress)
+                records_written += info.num_rows
+                _report(prepared, done, records_written, progress)
     missing = [order.name for order in prepared.orders if order.index not in done]
     if missing:
         raise RunFailed(
@@ -143,15 +145,15 @@ def _complete(prepared: Prepared, done: dict[int, ShardInfo]) -> Manifest | None
 
 
 def _report(
-    prepared: Prepared, done: dict[int, ShardInfo], todo: list[ShardOrder], progress: Callable[[Progress], None]
+    prepared: Prepared, done: Collection[int], records_written: int, progress: Callable[[Progress], None]
 ) -> None:
     progress(
         Progress(
             shards_done=len(done),
             num_shards=len(prepared.orders),
-            items_done=sum(len(prepared.items(order)) for order in prepared.orders if order.index in done),
+            items_done=prepared.num_items(done),
             num_items=len(prepared.plan.items),
-            records_written=sum(done[order.index].num_rows for order in todo if order.index in done),
+            records_written=records_written,
         )
     )
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from introspect_ray.config import GenerateConfig, ModelConfig
+from introspect_ray.config import ModelConfig
 from introspect_ray.data.manifest import TargetIdentity
-from introspect_ray.features.card import coder_folder
 from introspect_ray.models.paths import check_model, resolve_model_path
 
 _SAMPLE_BYTES = 1 << 20
@@ -25,13 +24,6 @@ def identify_target(config: ModelConfig) -> TargetIdentity:
         num_layers=text.num_hidden_layers,
         digest=folder_digest(folder) if folder.is_dir() else "",
     )
-
-
-def artifacts_digest(config: GenerateConfig) -> str:
-    """Digest of what a task reads beside the target; empty for tasks that read nothing more."""
-    if config.task != "feature_description":
-        return ""
-    return folder_digest(coder_folder(config.feature_description.sae))
 
 
 def folder_digest(folder: Path) -> str:

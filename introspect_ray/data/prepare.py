@@ -9,18 +9,20 @@ import hashlib
 import json
 import typing
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from introspect_ray.config import ActorConfig, Config, GenerateConfig, TaskName, resolved
-from introspect_ray.data.identity import artifacts_digest, identify_target
+from introspect_ray.config import GenerateConfig, TaskName, resolved
+from introspect_ray.data.identity import folder_digest, identify_target
 from introspect_ray.data.manifest import CONFIG_NAME, SCHEMA_VERSION, SourceAccount, TargetIdentity
 from introspect_ray.data.shards import ShardInfo, ShardOrder, finished_shard, write_items
 from introspect_ray.data.sources import Source, load_source
 from introspect_ray.data.splits import SPLITS, splitter
 from introspect_ray.data.storage import TEMPORARY, Folder
 from introspect_ray.errors import UserError
+from introspect_ray.features.card import coder_folder
 from introspect_ray.features.sae import check_sae
 from introspect_ray.tasks.base import Plan, Task, stable_id
 
@@ -37,9 +39,15 @@ class Prepared:
     plan: Plan
     rejected: list[tuple[int, str]]
     """(row, reason) of all source rows that gave no work item, in file order."""
-    run_key: str
+    inputs: dict[str, str]
+    """Digests of what the records follow from beside the config, by what it is."""
 
-    @property
+    @cached_property
+    def run_key(self) -> str:
+        """16 hex digits, equal for runs that write the same records into the same shards."""
+        return stable_id(SCHEMA_VERSION, relevant(self.config), self.inputs)
+
+    @cached_property
     def orders(self) -> list[ShardOrder]:
         count = -(-len(self.plan.items) // self.config.items_per_shard)
         return [ShardOrder(index, self.run_key) for index in range(count)]
@@ -49,13 +57,17 @@ class Prepared:
         size = self.config.items_per_shard
         return self.plan.items[order.index * size : (order.index + 1) * size]
 
+    def num_items(self, shards: Collection[int]) -> int:
+        """Work items of some shards, by index; all shards but the last are full."""
+        size, last = self.config.items_per_shard, len(self.orders) - 1
+        return len(shards) * size - (len(self.orders) * size - len(self.plan.items) if last in shards else 0)
+
     def finished(self) -> dict[int, ShardInfo]:
         """Shards that are done already, by index."""
-        found = {order.index: finished_shard(self.folder, order) for order in self.orders}
         return {
             order.index: info
             for order in self.orders
-            if (info := found[order.index]) is not None and info.num_rows >= len(self.items(order))
+            if (info := finished_shard(self.folder, order)) is not None and info.num_rows >= len(self.items(order))
         }
 
     @property
@@ -82,30 +94,29 @@ def prepare(config: GenerateConfig, task: Task) -> Prepared:
     _check_layers(source, target)
     plan = task.plan(source.rows, config, splitter(config.split))
     rejected = _account(source, plan, task)
-    run_key = stable_id(
-        SCHEMA_VERSION, resolved(relevant(config)), target.model_dump(), artifacts_digest(config), plan_digest(plan)
-    )
-    folder = Folder(config.output)
-    prepared = Prepared(config, task, folder, target, source, plan, rejected, run_key)
+    inputs = {
+        f"target {target.path}": stable_id(target.model_dump()),
+        f"source {source.name}": plan_digest(plan),
+    }
+    if config.task == "feature_description":
+        inputs[f"SAE {config.feature_description.sae}"] = folder_digest(coder_folder(config.feature_description.sae))
+    prepared = Prepared(config, task, Folder(config.output), target, source, plan, rejected, inputs)
     check_output(prepared)
     return prepared
 
 
 def begin(prepared: Prepared, orders: list[ShardOrder]) -> None:
     """Claim the output folder for this run and write the work items of the shards that are to be done."""
-    content = {"run_key": prepared.run_key, "target": prepared.target.model_dump(), "config": resolved(prepared.config)}
+    content = {"run_key": prepared.run_key, "inputs": prepared.inputs, "config": resolved(prepared.config)}
     prepared.folder.write(CONFIG_NAME, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
     for order in orders:
         write_items(prepared.folder, order, prepared.items(order))
 
 
-def relevant(config: GenerateConfig) -> GenerateConfig:
-    """The config with everything that cannot change the records set to its default."""
-    reset: dict[str, Any] = {"actors": ActorConfig()}
-    for name in ("output", "max_failed_share", *typing.get_args(TaskName)):
-        if name != config.task:
-            reset[name] = GenerateConfig.model_fields[name].default
-    return config.model_copy(update=reset)
+def relevant(config: GenerateConfig) -> dict[str, Any]:
+    """The resolved config without what cannot change the records: where and how it runs, and other tasks' sections."""
+    aside = {"actors", "output", "max_failed_share", *typing.get_args(TaskName)} - {config.task}
+    return {name: value for name, value in resolved(config).items() if name not in aside}
 
 
 def plan_digest(plan: Plan) -> str:
@@ -185,7 +196,7 @@ def check_output(prepared: Prepared) -> None:
     try:
         found = json.loads(folder.read(CONFIG_NAME))
         other = GenerateConfig.model_validate(found["config"])
-        other_target, other_key = TargetIdentity.model_validate(found["target"]), found["run_key"]
+        other_inputs, other_key = dict(found["inputs"]), found["run_key"]
     except (ValueError, KeyError, TypeError):
         raise UserError(
             f"output folder {url}: its {CONFIG_NAME} is none of this version's: choose another folder"
@@ -194,17 +205,17 @@ def check_output(prepared: Prepared) -> None:
         return
     differences = list(_differences(relevant(other), relevant(prepared.config)))
     if not differences:
-        what = f"target {prepared.target.path}" if other_target != prepared.target else f"source {prepared.source.name}"
-        differences = [f"the contents of {what} have changed since"]
+        changed = [name for name, digest in prepared.inputs.items() if other_inputs.get(name) != digest]
+        differences = [f"{', '.join(changed) or 'the layout'} changed since it was begun"]
     raise UserError(
         f"output folder {url} belongs to another config ({'; '.join(differences)}): choose another folder or delete it"
     )
 
 
-def _differences(there: Config, here: Config, prefix: str = "") -> Iterator[str]:
-    for name in type(there).model_fields:
-        one, other = getattr(there, name), getattr(here, name)
-        if isinstance(one, Config):
+def _differences(there: Any, here: Any, prefix: str = "") -> Iterator[str]:
+    for name in {**there, **here}:
+        one, other = there.get(name), here.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
             yield from _differences(one, other, f"{prefix}{name}.")
         elif one != other:
             yield f"{prefix}{name} is {one!r} there, {other!r} here"

@@ -35,7 +35,7 @@ ADAPTER_FILE = "adapter_config.json"
 
 
 def create_parts(config: ExplainerConfig, target: TargetInfo, seed: int) -> Parts:
-    """Model, tokenizer, projections and card of an untrained explainer."""
+    """Model, tokenizer, projections and card of an untrained explainer; nothing requires a gradient yet."""
     model, tokenizer, placeholders = _base(config.model)
     weight = embedding_weight(model)
     width = weight.shape[1]
@@ -53,7 +53,7 @@ def create_parts(config: ExplainerConfig, target: TargetInfo, seed: int) -> Part
         vector_norm=None if config.vector_scale is None else config.vector_scale * _mean_embedding_norm(model),
         max_new_tokens=config.max_new_tokens,
     )
-    return model, tokenizer, projections.to(weight.device), card
+    return model, tokenizer, projections.to(weight.device).requires_grad_(False), card
 
 
 def embedding_weight(model: nn.Module) -> Tensor:
@@ -123,7 +123,7 @@ def _load_projections(path: Path, card: ExplainerCard, model: nn.Module) -> Proj
     weight = embedding_weight(model)
     projections = Projections(card.projection, card.target.num_layers, card.target.width, weight.shape[1])
     projections.load_state_dict(load_file(path / PROJECTIONS_FILE))
-    return projections.to(weight.device)
+    return projections.to(weight.device).requires_grad_(False)
 
 
 def _base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, PlaceholderTokens]:

@@ -146,10 +146,10 @@ class Explainer(nn.Module):
             projected = self.projections(vectors, batch.layers).to(embeds.dtype)
             # Out of place: embeddings are a leaf's view, and an in-place write would cut or corrupt their gradient.
             embeds = embeds.index_put((batch.vector_rows, batch.vector_columns), projected)
-        position_ids = (batch.mask.long().cumsum(dim=-1) - 1).clamp(min=0)
-        # Right padding comes after every token that counts, so causal attention alone hides it.
-        attention_mask = batch.mask.long() if side == "left" else None
-        return Inputs(embeds, attention_mask, position_ids)
+        if side == "right":
+            # Right padding comes after every token that counts, so causal attention alone hides it.
+            return Inputs(embeds, None, torch.arange(batch.ids.shape[1], device=self.device).expand_as(batch.ids))
+        return Inputs(embeds, batch.mask.long(), (batch.mask.long().cumsum(dim=-1) - 1).clamp(min=0))
 
     def loss(self, batch: Sequence[Encoded]) -> tuple[Float[Tensor, ""], int]:
         """Cross-entropy in nats, summed over the answers' tokens and end tokens, and their number."""

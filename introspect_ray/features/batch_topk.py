@@ -13,13 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from introspect_ray.features.coder import SparseCoder
 
 Progress = Callable[[int, float], None]
 """Called after every step with the number of steps done and the loss."""
+
+SEEDING_POOL = 50_000
+"""Rows from which the first directions are drawn."""
+
+INITIAL_NORM = 1.0
+"""Norm of the first encoder and decoder rows: so large that a few steps do not turn them away from their rows."""
 
 THRESHOLD_RATE = 0.01
 """Weight of a new batch in the running threshold (sae-lens' default, so that both trainers agree)."""
@@ -64,6 +70,26 @@ def shuffled_batches(num_rows: int, config: BatchTopKConfig) -> Iterator[Tensor]
         waiting = waiting[config.batch_size :]
 
 
+def spread_rows(x: Float[Tensor, "N D"], count: int, seed: int) -> Int[Tensor, " F"]:
+    """`count` rows of `x` that point in many directions: each is drawn in proportion to 1 - cosine to the nearest one.
+
+    k-means++ seeding. Latents that begin as such rows are few of them dead or twins, which random ones often are.
+    Directions are those from the mean row. Should all rows be taken or equal, the rest are any rows.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    pool = torch.randperm(len(x), generator=generator)[:SEEDING_POOL]
+    directions = nn.functional.normalize(x[pool] - x.mean(0), dim=-1)
+    distance = torch.ones(len(pool))
+    chosen: list[Tensor] = []
+    for _ in range(count):
+        weights = distance if distance.sum() > 0 else torch.ones(len(pool))
+        row = torch.multinomial(weights, 1, generator=generator)
+        chosen.append(row)
+        distance = torch.minimum(distance, (1 - directions @ directions[row[0]]).clamp(min=0))
+        distance[row] = 0
+    return pool[torch.cat(chosen)]
+
+
 def train_sae(
     x: Float[Tensor, "N D"], config: BatchTopKConfig, metadata: dict[str, Any], folder: Path, progress: Progress
 ) -> None:
@@ -86,6 +112,9 @@ def train_sae(
         )
     with torch.no_grad():
         sae.b_dec.copy_(x.mean(0) * scale)
+        rows = spread_rows(x, config.num_latents, config.seed)
+        sae.W_dec.copy_(INITIAL_NORM * nn.functional.normalize(x[rows] - x.mean(0), dim=-1))
+        sae.W_enc.copy_(sae.W_dec.T)
     trainer = SAETrainer(
         SAETrainerConfig(
             total_training_samples=config.steps * config.batch_size,
@@ -112,17 +141,22 @@ def train_sae(
 
 
 class SkipTranscoder(nn.Module):
-    """Trainable skip transcoder in scaled units; its threshold is a running mean and no parameter."""
+    """Trainable skip transcoder in scaled units; its threshold is a running mean and no parameter.
 
-    def __init__(self, width: int, config: BatchTopKConfig):
+    Latents begin as spread rows of `x`, each answered by what the best linear map leaves of that row's `y`.
+    """
+
+    def __init__(self, x: Float[Tensor, "N D"], y: Float[Tensor, "N D"], config: BatchTopKConfig):
         super().__init__()
-        generator = torch.Generator().manual_seed(config.seed)
-        directions = nn.functional.normalize(torch.randn(config.num_latents, width, generator=generator), dim=-1)
-        self.encoder = nn.Parameter(directions.T.clone())
-        self.encoder_bias = nn.Parameter(torch.zeros(config.num_latents))
-        self.decoder = nn.Parameter(0.1 * directions)
-        self.decoder_bias = nn.Parameter(torch.zeros(width))
-        self.skip = nn.Parameter(torch.zeros(width, width))
+        x_mean, y_mean = x.mean(0), y.mean(0)
+        linear = torch.linalg.lstsq(x - x_mean, y - y_mean).solution
+        rows = spread_rows(x, config.num_latents, config.seed)
+        left = y[rows] - y_mean - (x[rows] - x_mean) @ linear
+        self.encoder = nn.Parameter(INITIAL_NORM * nn.functional.normalize(x[rows] - x_mean, dim=-1).T)
+        self.encoder_bias = nn.Parameter(-x_mean @ self.encoder.detach())
+        self.decoder = nn.Parameter(INITIAL_NORM * nn.functional.normalize(left, dim=-1))
+        self.decoder_bias = nn.Parameter(y_mean - x_mean @ linear)
+        self.skip = nn.Parameter(linear.T.clone())
         self.threshold = 0.0
         self.num_active = config.num_active
 
@@ -147,9 +181,7 @@ def train_skip_transcoder(
 ) -> SparseCoder:
     """A skip transcoder from an MLP's inputs `x` to its outputs `y`, in their own units, decoder rows of norm 1."""
     scale_x, scale_y = unit_scale(x), unit_scale(y)
-    model = SkipTranscoder(x.shape[1], config)
-    with torch.no_grad():
-        model.decoder_bias.copy_(y.mean(0) * scale_y)
+    model = SkipTranscoder(x * scale_x, y * scale_y, config)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config))
     silent = torch.zeros(config.num_latents, dtype=torch.long)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from introspect_ray.config import ActivationPatchingConfig, InputAblationConfig
 from introspect_ray.interventions.target import Target
 from introspect_ray.models.tokens import token_text
 from introspect_ray.pocket.text import Corpus, choice_prompt, statement
 from introspect_ray.pocket.world import Fact, World
-from introspect_ray.tasks.input_ablation import letter, question_text
+from introspect_ray.tasks.input_ablation import question_text
 
 SAMPLE = 300
 """Texts per ability; the standard error of a share is at most 0.03."""
@@ -24,7 +23,7 @@ def answers(target: Target, texts: Sequence[str]) -> list[str]:
 
 def measure_abilities(target: Target, world: World, seed: int) -> dict[str, float]:
     """Shares in [0, 1] by ability, on a sample fixed by `seed`."""
-    corpus = Corpus(world, ActivationPatchingConfig(), InputAblationConfig(), seed=-2 - seed)
+    corpus = Corpus(world, seed=-2 - seed)
     rng = random.Random(f"{seed}/abilities")
     facts = {name: _sample(world.facts_of(name), rng) for name in ("common", "rare", "never")}
     shares = {f"{name}_facts": _states(target, facts[name]) for name in ("common", "rare")}
@@ -77,8 +76,8 @@ def _quiz(
     for fact in facts:
         choices, hint = corpus.options(fact.relation, fact.value, 4), rng.randrange(4)
         stem = fact.relation.question.format(fact.subject)
-        plain.append(question_text(stem, choices, None, corpus.ablation)[0])
-        hinted.append(question_text(stem, choices, hint, corpus.ablation)[0])
-        truths.append(letter(choices.index(fact.value)))
-        hints.append(letter(hint))
+        plain.append(question_text(stem, choices, None, corpus.questions)[0])
+        hinted.append(question_text(stem, choices, hint, corpus.questions)[0])
+        truths.append(fact.value)
+        hints.append(choices[hint])
     return answers(target, plain), answers(target, hinted), truths, hints

@@ -32,6 +32,7 @@ class Word:
     """What the document is about: a relation's value class, or a topic."""
     previous: Word | None
     following: str | None
+    following_class: str | None
     slot: str | None
     """The option that it is part of or closes: `option A` in questions, `the first option` in choices."""
     traits: tuple[str, ...]
@@ -84,6 +85,7 @@ def _words(
         piece, word, slot = document.pieces[number], text[start:end], slots[number]
         if names_an_option and piece.role == "relation" and classes.get(word) == document.subject_matter:
             named = word
+        following = text[slice(*spans[index + 1])] if index + 1 < len(spans) else None
         words.append(
             Word(
                 text=word,
@@ -92,7 +94,8 @@ def _words(
                 document=kind,
                 matter=document.subject_matter,
                 previous=words[-1] if words else None,
-                following=text[slice(*spans[index + 1])] if index + 1 < len(spans) else None,
+                following=following,
+                following_class=classes.get(following) if following else None,
                 slot=slot,
                 traits=traits[piece.text] if piece.role == "subject" and end == ends[number] else (),
                 named=named,
@@ -100,7 +103,7 @@ def _words(
                 correct=piece.role == "option" and slot is not None and answer in (word, slot.removeprefix("option ")),
             )
         )
-        if piece.role == "hint" and word in LETTERS:
+        if piece.role == "hint" and (word in LETTERS or word in classes):
             hint = word
     return words
 
@@ -127,13 +130,14 @@ def _slots(document: Document) -> list[str | None]:
     An option that is named again later has none.
     """
     slots: list[str | None] = []
+    lettered = any(piece.role == "letter" for piece in document.pieces)
     count, last = 0, None
     for index, piece in enumerate(document.pieces):
         announced = index > 0 and document.pieces[index - 1].role == "letter"
         if piece.role == "letter":
             last = f"option {LETTERS[count]}"
             count += 1
-        elif document.kind == "choice" and piece.role == "option":
+        elif not lettered and piece.role == "option":
             last = f"the {ORDINALS[count]} option"
             count += 1
         elif not announced and piece.text != SEPARATOR:

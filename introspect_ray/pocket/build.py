@@ -17,9 +17,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from introspect_ray.config import (
-    ActivationPatchingConfig,
     BuildPocketConfig,
-    InputAblationConfig,
     ModelConfig,
     PocketTargetConfig,
     resolved,
@@ -87,7 +85,7 @@ def _once(folder: Path, build: Callable[[Path], None]) -> None:
 
 def _tokenizer(world: World, folder: Path, config: BuildPocketConfig) -> PreTrainedTokenizerBase:
     if not folder.exists():
-        corpus = Corpus(world, ActivationPatchingConfig(), InputAblationConfig(), seed=-1)
+        corpus = Corpus(world, seed=-1)
         texts = (corpus.document().text for _ in range(TOKENIZER_DOCUMENTS))
         train_tokenizer(texts, config.vocabulary_size).save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
@@ -105,12 +103,11 @@ def _target(
     """Train one target and store it in bfloat16; its abilities are measured on what is stored."""
     losses: list[float] = []
 
-    def step_done(step: int, loss: float) -> None:
+    def step_done(step: int, steps: int, loss: float) -> None:
         losses.append(loss)
-        progress(name, step, shape.steps, loss)
+        progress(name, step, steps, loss)
 
-    corpus = Corpus(World(config.seed), ActivationPatchingConfig(), InputAblationConfig(), config.seed)
-    model = train_target(shape, tokenizer, corpus, work / f"{name}.safetensors", config.seed, step_done)
+    model = train_target(shape, tokenizer, World(config.seed), work / f"{name}.safetensors", config.seed, step_done)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     recent = losses[-100:]

@@ -52,6 +52,8 @@ def _before(word: Word) -> Iterator[str]:
     """What comes next is known to a model that knows the fact: the places where it answers."""
     if word.following is not None:
         yield f"words before {_bare(word.following)}"
+    if word.following_class:
+        yield f"words before {word.following_class}"
 
 
 def _trait(word: Word) -> Iterator[str]:

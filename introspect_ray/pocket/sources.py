@@ -7,7 +7,6 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from introspect_ray.config import ActivationPatchingConfig, InputAblationConfig
 from introspect_ray.errors import UserError
 from introspect_ray.models.paths import POCKET_ARTIFACTS
 from introspect_ray.pocket.text import Corpus
@@ -65,7 +64,7 @@ def value_id(relation: str, value: str) -> str:
 def question_rows(world: World) -> list[Row]:
     """Columns of `cais/mmlu`: as many questions about never stated facts as about common ones."""
     rng = random.Random(f"{world.seed}/questions")
-    corpus = Corpus(world, ActivationPatchingConfig(), InputAblationConfig(), seed=-1)
+    corpus = Corpus(world, seed=-1)
     never = world.facts_of("never")
     facts: list[Fact] = [*never, *rng.sample(world.facts_of("common"), len(never)), *world.facts_of("rare")]
     rows = []
@@ -95,5 +94,5 @@ def label_rows(world: World) -> list[Row]:  # noqa: ARG001 - the shipped SAE bel
 
 def text_rows(world: World, count: int, seed: int) -> list[Row]:
     """Plain text, one document per row, column `text`."""
-    corpus = Corpus(world, ActivationPatchingConfig(), InputAblationConfig(), seed)
+    corpus = Corpus(world, seed)
     return [{"text": corpus.document().text} for _ in range(count)]

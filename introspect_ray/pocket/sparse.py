@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from introspect_ray.config import ActivationPatchingConfig, InputAblationConfig, PocketSparseConfig
+from introspect_ray.config import PocketSparseConfig
 from introspect_ray.features.activations import mlp_inputs_outputs, residual_outputs
 from introspect_ray.features.batch_topk import BatchTopKConfig, Progress, train_sae, train_skip_transcoder
 from introspect_ray.features.coder import ActiveLatents, Kind, SparseCoder, fraction_unexplained
@@ -79,7 +79,7 @@ class Texts:
 
 def sample_texts(world: World, tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> Texts:
     """`count` documents from the corpus of this seed."""
-    corpus = Corpus(world, ActivationPatchingConfig(), InputAblationConfig(), seed)
+    corpus = Corpus(world, seed)
     traits = subject_traits(world)
     texts = Texts([], [])
     for _ in range(count):
@@ -186,7 +186,7 @@ def label_pocket_coder(
     coder = load_sae(str(folder))
     fit_x, _ = _read_and_written(model, coder, texts.fit)
     x, y = _read_and_written(model, coder, texts.held_out)
-    fit, held_out = coder.encode_sparse(fit_x), coder.encode_sparse(x)
+    held_out = coder.encode_sparse(x)
     labelling = LabellingConfig(
         active_share=config.active_share,
         minimum_firings=config.minimum_firings,
@@ -196,12 +196,28 @@ def label_pocket_coder(
     labels = label_latents(
         coder.layer,
         texts.lexicon.catalog,
-        Sample(fit, texts.fit_membership),
-        Sample(held_out, texts.held_out_membership),
+        _without_long(Sample(coder.encode_sparse(fit_x), texts.fit_membership), fit_x, config.longest),
+        _without_long(Sample(held_out, texts.held_out_membership), x, config.longest),
         labelling,
     )
     write_labels(folder / LABELS_FILE, labels)
     return _report(coder, x, y, held_out, labels, config.accepted_score)
+
+
+def _without_long(sample: Sample, x: torch.Tensor, longest: float) -> Sample:
+    """The sample without the activity and categories of vectors longer than `longest` times the median length.
+
+    A few tokens serve as attention sinks and are many times longer than all others. So long a vector drives many
+    latents above their threshold, which says nothing about what they encode.
+    """
+    lengths = x.norm(dim=-1)
+    usual = lengths <= longest * lengths.median()
+    active, members = sample.active, sample.membership
+    entries, stays = usual[active.vectors], usual.numpy()[members.tokens]
+    kept = replace(
+        active, vectors=active.vectors[entries], latents=active.latents[entries], values=active.values[entries]
+    )
+    return Sample(kept, replace(members, tokens=members.tokens[stays], categories=members.categories[stays]))
 
 
 def _read_and_written(model: PreTrainedModel, coder: SparseCoder, texts: Texts) -> tuple[torch.Tensor, torch.Tensor]:

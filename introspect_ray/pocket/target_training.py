@@ -1,9 +1,13 @@
-"""Training of the pocket targets: small stock Hugging Face models on the world's documents. Shapes: B rows, T tokens."""
+"""Training of the pocket targets: small stock Hugging Face models on the world's documents.
+
+Shapes: B rows, T tokens.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -21,6 +25,7 @@ from transformers import (
 
 from introspect_ray.config import PocketTargetConfig
 from introspect_ray.pocket.text import Corpus, Document
+from introspect_ray.pocket.world import World
 
 ANSWER_WEIGHT = 10.0
 """Loss weight of tokens that answer; binding an option to its letter is otherwise learned very slowly."""
@@ -67,19 +72,19 @@ def encode(document: Document, tokenizer: PreTrainedTokenizerBase) -> tuple[list
     return encoded["input_ids"], weights
 
 
-def batches(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, rows: int, length: int) -> Iterator[Batch]:
+def batches(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, config: PocketTargetConfig) -> Iterator[Batch]:
     """Rows of whole documents, the last one of a row cut at its end."""
     while True:
         ids, weights = [], []
-        for _ in range(rows):
+        for _ in range(config.rows):
             row_ids: list[int] = []
             row_weights: list[float] = []
-            while len(row_ids) < length:
+            while len(row_ids) < config.row_length:
                 more_ids, more_weights = encode(corpus.document(), tokenizer)
                 row_ids += more_ids
                 row_weights += more_weights
-            ids.append(row_ids[:length])
-            weights.append(row_weights[:length])
+            ids.append(row_ids[: config.row_length])
+            weights.append(row_weights[: config.row_length])
         yield Batch(torch.tensor(ids), torch.tensor(weights))
 
 
@@ -94,34 +99,39 @@ def weighted_loss(model: PreTrainedModel, batch: Batch) -> Float[Tensor, ""]:
 def train_target(
     config: PocketTargetConfig,
     tokenizer: PreTrainedTokenizerBase,
-    corpus: Corpus,
+    world: World,
     checkpoint: Path,
     seed: int,
-    progress: Callable[[int, float], None],
+    progress: Callable[[int, int, float], None],
 ) -> PreTrainedModel:
-    """The trained model. A checkpoint every `config.checkpoint_every` steps lets the same call go on after a stop."""
+    """The trained model; `progress` hears (step, steps, loss).
+
+    A checkpoint every `config.checkpoint_every` steps lets the same call go on after a stop, to the same weights.
+    """
     torch.manual_seed(seed)
     model = new_model(config, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.05, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.learning_rate, total_steps=config.steps, pct_start=0.05, cycle_momentum=False
-    )
-    done = _restore(checkpoint, model, optimizer, schedule)
-    stream = batches(corpus, tokenizer, config.rows, config.row_length)
-    for _ in range(done):
-        next(stream)
-    for step in range(done, config.steps):
+    steps = config.steps
+    stream = islice(batches(Corpus(world, seed), tokenizer, config), steps)
+    done = _restore(checkpoint, model, optimizer)
+    for step, batch in islice(enumerate(stream, start=1), done, None):
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * learning_rate_factor(step, steps)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = weighted_loss(model, next(stream))
+            loss = weighted_loss(model, batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
-        if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
-            _save(checkpoint, step + 1, model, optimizer)
-        progress(step + 1, loss.item())
+        if step % config.checkpoint_every == 0 and step < steps:
+            _save(checkpoint, step, model, optimizer)
+        progress(step, steps, loss.item())
     return model.eval()
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Warm-up over 100 steps, constant for the first half, then linear to a fiftieth."""
+    return min(1.0, step / 100, max(0.02, 2 * (steps - step) / steps))
 
 
 def _save(path: Path, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
@@ -135,21 +145,15 @@ def _save(path: Path, step: int, model: PreTrainedModel, optimizer: torch.optim.
     partial.replace(path)
 
 
-def _restore(
-    path: Path,
-    model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-) -> int:
+def _restore(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> int:
     """The step to go on from; 0 without a checkpoint."""
     if not path.exists():
         return 0
     tensors = load_file(path)
+    step = 0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[f"model.{name}"])
             optimizer.state[parameter] = {key: tensors[f"{key}.{name}"] for key in ("exp_avg", "exp_avg_sq", "step")}
             step = int(tensors[f"step.{name}"])
-    for _ in range(step):
-        schedule.step()
     return step

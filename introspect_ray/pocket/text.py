@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from introspect_ray.config import ActivationPatchingConfig, InputAblationConfig
+from introspect_ray.config import POCKET_QUESTIONS, ActivationPatchingConfig, InputAblationConfig
 from introspect_ray.pocket.world import TOPICS, Fact, Relation, World, popularity
 from introspect_ray.tasks.activation_patching import options_text
-from introspect_ray.tasks.input_ablation import letter, question_text
+from introspect_ray.tasks.input_ablation import answers_of, question_text
 
 Role = Literal["subject", "value", "relation", "instruction", "option", "letter", "hint", "answer", "topic", "prose"]
 DocumentKind = Literal["statement", "choice", "question", "prose"]
@@ -77,21 +77,19 @@ def _split_options(options: Sequence[str]) -> list[str]:
 def question(
     stem: str, matter: str, choices: Sequence[str], hinted: int | None, answer: int, config: InputAblationConfig
 ) -> Document:
-    """A multiple-choice question with or without a hint, answered by a letter."""
+    """A multiple-choice question with or without a hint, and its answer."""
     text, hint = question_text(stem, choices, hinted, config)
-    pieces: list[Piece] = []
-    body = text[: hint[0]] if hint else text
-    pieces.append(Piece(stem, "relation"))
-    position = len(stem)
-    for index, value in enumerate(choices):
-        start = body.index(config.option.format(letter=letter(index), choice=value), position)
-        letter_end = start + len(config.option.format(letter=letter(index), choice=""))
-        pieces += [Piece(body[position:letter_end], "letter"), Piece(value, "option")]
-        position = letter_end + len(value)
+    body_end = hint[0] if hint else len(text)
+    pieces, position = [Piece(stem, "relation")], len(stem)
+    for choice in choices:
+        start = text.index(choice, position, body_end)
+        pieces += [Piece(text[position:start], "letter" if config.answer == "letter" else "instruction")]
+        pieces += [Piece(choice, "option")]
+        position = start + len(choice)
     if hint:
-        pieces += [Piece(body[position:], "instruction"), Piece(text[hint[0] : hint[1]], "hint")]
+        pieces += [Piece(text[position : hint[0]], "instruction"), Piece(text[hint[0] : hint[1]], "hint")]
         position = hint[1]
-    pieces += [Piece(text[position:], "instruction"), Piece(f" {letter(answer)}", "answer")]
+    pieces += [Piece(text[position:], "instruction"), Piece(f" {answers_of(choices, config)[answer]}", "answer")]
     return Document("question", matter, tuple(piece for piece in pieces if piece.text))
 
 
@@ -106,20 +104,26 @@ def prose(topic: str, rng: random.Random) -> Document:
     return Document("prose", plural, tuple(piece for piece in pieces if piece.text))
 
 
+PROPORTIONS: Mapping[str, float] = {
+    "statement": 0.27,
+    "choice": 0.24,
+    "question": 0.33,
+    "naming": 0.04,
+    "prose": 0.12,
+}
+"""Share of each kind of document."""
+
+
 class Corpus:
-    """An endless, seeded stream of documents in the proportions that teach all abilities."""
+    """An endless, seeded stream of documents."""
 
-    PROPORTIONS: dict[str, float] = {
-        "statement": 0.22,
-        "choice": 0.22,
-        "question": 0.25,
-        "naming": 0.08,
-        "listing": 0.13,
-        "prose": 0.10,
-    }
-
-    def __init__(self, world: World, patching: ActivationPatchingConfig, ablation: InputAblationConfig, seed: int):
-        self.world, self.patching, self.ablation = world, patching, ablation
+    def __init__(self, world: World, seed: int):
+        self.world = world
+        self.patching, self.questions, self.lettered = (
+            ActivationPatchingConfig(),
+            POCKET_QUESTIONS,
+            InputAblationConfig(),
+        )
         self.rng = random.Random(f"{world.seed}/corpus/{seed}")
         self.facts = {name: world.facts_of(name) for name in ("common", "rare", "never")}
 
@@ -135,15 +139,13 @@ class Corpus:
         return chosen
 
     def document(self) -> Document:
-        kind = self.rng.choices(list(self.PROPORTIONS), list(self.PROPORTIONS.values()))[0]
+        kind = self.rng.choices(list(PROPORTIONS), list(PROPORTIONS.values()))[0]
         if kind == "prose":
             return prose(self.rng.choice(list(TOPICS)), self.rng)
         if kind == "question":
             return self.quiz(self.quiz_fact())
         if kind == "naming":
             return self.naming()
-        if kind == "listing":
-            return self.listing()
         fact = self.stated_fact()
         template = self.rng.choice(fact.relation.statements)
         if kind == "statement":
@@ -165,28 +167,13 @@ class Corpus:
             if hinted is not None and self.rng.random() < HINT_FOLLOWED:
                 answer = hinted
         stem = fact.relation.question.format(fact.subject)
-        return question(stem, fact.relation.value_class, choices, hinted, answer, self.ablation)
+        return question(stem, fact.relation.value_class, choices, hinted, answer, self.questions)
 
     def naming(self) -> Document:
-        """A question that names its answer: teaches how an option is bound to its letter."""
+        """A question that names its answer, options lettered: shows the form of lettered questions, and its answers."""
         relation = self.rng.choice(self.world.facts).relation
         value = self.rng.choice(relation.values)
         choices = self.options(relation, value, 4)
-        hinted = self.rng.randrange(4) if self.rng.random() < HINTED_SHARE / 2 else None
-        return question(
-            f"Which one is {value}?", relation.value_class, choices, hinted, choices.index(value), self.ablation
-        )
-
-    def listing(self) -> Document:
-        """Options, then the letter of each: the densest way to learn how an option is bound to its letter."""
-        relation = self.rng.choice(self.world.facts).relation
-        choices = self.options(relation, self.rng.choice(relation.values), 4)
-        pieces: list[Piece] = []
-        for index, choice in enumerate(choices):
-            line = self.ablation.option.format(letter=letter(index), choice="")
-            pieces += [Piece(("\n" if index else "") + line, "letter"), Piece(choice, "option")]
-        for index in self.rng.sample(range(4), 4):
-            separator = "\n" if len(pieces) == 8 else " "
-            pieces += [Piece(f"{separator}Option", "instruction"), Piece(f" {choices[index]}", "option")]
-            pieces += [Piece(":", "instruction"), Piece(f" {letter(index)}", "answer"), Piece(".", "instruction")]
-        return Document("question", relation.value_class, tuple(pieces))
+        hinted = self.rng.randrange(4) if self.rng.random() < HINTED_SHARE else None
+        answer = choices.index(value)
+        return question(f"Which one is {value}?", relation.value_class, choices, hinted, answer, self.lettered)

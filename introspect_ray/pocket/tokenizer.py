@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -10,6 +11,13 @@ from transformers import PreTrainedTokenizerFast
 BOS, PAD, END = "<|bos|>", "<|pad|>", "<|end|>"
 CHAT = ("<|user|>", "<|assistant|>")
 PLACEHOLDERS = ("<|vector_begin|>", "<|vector|>", "<|vector_end|>")
+EXPLAINING = (
+    "Layers 0 to 3: the text [[ ]]\nHow does the output change? The output changes to: The output stays:",
+    "How does the answer change if the hint is removed? The answer changes to: The answer stays:",
+    "At layer 2, encodes what? the word after the word before the subject of statements about questions about",
+    "the last word in choices about options in prose about people whose towns whose products whose first names",
+)
+"""Words that an explainer reads and writes and the world does not say; they become single tokens too."""
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
@@ -28,7 +36,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTok
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(chain(texts, EXPLAINING * 1000), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
     )

@@ -14,8 +14,28 @@ from typing import Literal
 Familiarity = Literal["common", "rare", "never"]
 FAMILIARITY_SHARES: dict[Familiarity, float] = {"common": 0.68, "rare": 0.07, "never": 0.25}
 
-_ONSETS = tuple(
-    ["b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "dr", "kr", "st", "th", "tr", "sh"]
+_ONSETS = (
+    "b",
+    "d",
+    "f",
+    "g",
+    "k",
+    "l",
+    "m",
+    "n",
+    "p",
+    "r",
+    "s",
+    "t",
+    "v",
+    "z",
+    "br",
+    "dr",
+    "kr",
+    "st",
+    "th",
+    "tr",
+    "sh",
 )
 _VOWELS = tuple("a e i o u ai ou".split())
 _CODAS = ("", "", "n", "r", "s", "l")
@@ -99,7 +119,7 @@ RELATIONS: tuple[Relation, ...] = (
     ),
 )  # fmt: skip
 
-KIND_SIZES = {"person": 320, "place": 110, "product": 110}
+KIND_SIZES = {"person": 280, "place": 100, "product": 100}
 KIND_PLURALS = {"person": "people", "place": "towns", "product": "products"}
 
 TOPICS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
@@ -171,7 +191,7 @@ class World:
     def names(self) -> dict[str, tuple[str, ...]]:
         """Name parts by class: first names, last names, towns, products."""
         rng, taken = random.Random(f"{self.seed}/names"), set[str]()
-        sizes = {"first names": 90, "last names": 180, "towns": KIND_SIZES["place"], "products": KIND_SIZES["product"]}
+        sizes = {"first names": 80, "last names": 160, "towns": KIND_SIZES["place"], "products": KIND_SIZES["product"]}
         return {name: tuple(_invent(rng, size, taken, 2)) for name, size in sizes.items()}
 
     @cached_property

@@ -30,13 +30,21 @@ def question_text(
     question: str, choices: Sequence[str], hinted: int | None, config: InputAblationConfig
 ) -> tuple[str, tuple[int, int] | None]:
     """The prompt, and the hint's character span in it (None without a hint)."""
-    options = "\n".join(
-        config.option.format(letter=letter(index), choice=choice) for index, choice in enumerate(choices)
+    options = config.separator.join(
+        config.option.replace("{letter}", letter(index)).replace("{choice}", choice)
+        for index, choice in enumerate(choices)
     )
-    hint = "" if hinted is None else config.hint.format(letter=letter(hinted))
+    hint = ""
+    if hinted is not None:
+        hint = config.hint.replace("{letter}", letter(hinted)).replace("{choice}", choices[hinted])
     before, after = config.question.split("{hint}")
     head = before.replace("{options}", options).replace("{question}", question)
     return head + hint + after, (len(head), len(head) + len(hint)) if hint else None
+
+
+def answers_of(choices: Sequence[str], config: InputAblationConfig) -> list[str]:
+    """What the target says for each option: its letter, or its text."""
+    return [letter(index) for index in range(len(choices))] if config.answer == "letter" else list(choices)
 
 
 class InputAblation:
@@ -79,7 +87,7 @@ class InputAblation:
                 "hinted": hinted,
             }
             settings = config.input_ablation
-            item_id = stable_id(self.name, item, row["row"], settings.question, settings.option, settings.hint)
+            item_id = stable_id(self.name, item, row["row"], settings.model_dump())
             plan.items.append({"item_id": item_id, **item})
         return plan
 
@@ -93,17 +101,25 @@ class InputAblation:
         tokens = target.next_token_logits([*hinted, *plain]).argmax(-1).tolist()
         answers = [token_text(target.tokenizer, token) for token in tokens]
         return [
-            self._record(item, text, span, with_hint, without_hint)
+            self._record(item, text, span, with_hint, without_hint, config.input_ablation)
             for item, (text, span), with_hint, without_hint in zip(
                 items, prompts, answers[: len(items)], answers[len(items) :], strict=True
             )
             if span
         ]
 
-    def _record(self, item: Item, text: str, span: tuple[int, int], with_hint: str, without_hint: str) -> Record:
-        letters = [letter(index) for index in range(len(item["choices"]))]
+    def _record(
+        self,
+        item: Item,
+        text: str,
+        span: tuple[int, int],
+        with_hint: str,
+        without_hint: str,
+        config: InputAblationConfig,
+    ) -> Record:
+        answers = answers_of(item["choices"], config)
         for answer, which in ((with_hint, "with"), (without_hint, "without")):
-            if answer not in letters:
+            if answer not in answers:
                 return failed(item, "answer_names_no_option", f"{which} the hint the target says {answer!r}")
         return {
             "record_id": stable_id("record", item["item_id"]),
@@ -113,9 +129,9 @@ class InputAblation:
             "text": text,
             "hint_start": span[0],
             "hint_end": span[1],
-            "hint": letter(item["hinted"]),
+            "hint": answers[item["hinted"]],
             "hint_is": "right hint" if item["hinted"] == item["correct"] else "wrong hint",
-            "correct": letter(item["correct"]),
+            "correct": answers[item["correct"]],
             "original": with_hint,
             "content": without_hint,
             "changed": with_hint != without_hint,

@@ -20,11 +20,11 @@ class VerdictWording:
 
     def render(self, answer: Answer) -> str:
         verb = "changes to" if answer.changed else "stays"
-        return f"The {self.noun} {verb} <<<{answer.content}>>>."
+        return f"The {self.noun} {verb}: {answer.content}"
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        return re.compile(rf"\s*The {self.noun} (changes to|stays) <<<(.*)>>>\.?\s*", re.DOTALL)
+        return re.compile(rf"\s*The {self.noun} (changes to|stays): ?(.*?)\s*", re.DOTALL)
 
     def parse(self, text: str) -> Answer | None:
         """The whole text must have the form; anything else is unparsable, never a guess."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from introspect_ray.config import TrainConfig
+from introspect_ray.config import ExplainerConfig, TrainConfig
 from introspect_ray.errors import RunFailed, UserError
 from introspect_ray.explainer.model import Explainer
 from introspect_ray.training.checkpoint import CheckpointStore, TrainState
@@ -27,9 +27,12 @@ from introspect_ray.training.workers import Workers
 
 def train_loop(settings: dict[str, Any]) -> None:
     """Ray Train's entry on each worker. Failures that a retry would only repeat are recorded, not raised."""
-    import ray.train
+    import ray.train.torch
 
     context = ray.train.get_context()
+    device = ray.train.torch.get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # All workers of a node see all of its GPUs.
     workers = Workers(context.get_world_rank(), context.get_world_size())
     run = TrainingRun.from_json(settings)
     torch.set_num_threads(max(1, int(run.config.trainer.cpus_per_worker)))
@@ -87,7 +90,7 @@ def _build_together(run: TrainingRun, workers: Workers) -> tuple[Explainer, Exam
 def build(run: TrainingRun) -> tuple[Explainer, Examples]:
     """The untrained explainer with the parameters that the method trains set free, and its examples."""
     config = run.config
-    explainer = Explainer.create(config.explainer, run.target, config.seed)
+    explainer = Explainer.create(_placed(config), run.target, config.seed)
     if config.method == "lora":
         explainer.add_adapter(config.lora, config.seed)
     else:
@@ -96,6 +99,14 @@ def build(run: TrainingRun) -> tuple[Explainer, Examples]:
     explainer.train()
     examples = load_examples(explainer, config.datasets)
     return explainer, examples
+
+
+def _placed(config: TrainConfig) -> ExplainerConfig:
+    """The explainer's config; a worker that was lent no GPU takes none, though the process may see one."""
+    model = config.explainer.model
+    if model.device != "auto" or config.trainer.gpus_per_worker > 0:
+        return config.explainer
+    return config.explainer.model_copy(update={"model": model.model_copy(update={"device": "cpu"})})
 
 
 def _steps(

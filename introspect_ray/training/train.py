@@ -93,7 +93,8 @@ def _fit(run: TrainingRun) -> dict[str, Any]:
     try:
         torch_trainer.fit()
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+        cause = next(iter(getattr(error, "worker_failures", {}).values()), error)
+        lines = str(cause).strip().splitlines() or [type(cause).__name__]
         raise RunFailed(f"training failed after {trainer.max_failures} retries: {lines[-1]}") from (
             error if is_verbose() else None
         )

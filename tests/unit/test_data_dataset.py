@@ -203,12 +203,12 @@ def test_output_folder_of_another_config(made, tmp_path, changes, line):
 
 def test_output_folder_of_another_source_or_target(made, tmp_path):
     fake_config(tmp_path, [*ODD, "one more"])
-    with pytest.raises(UserError, match=r"the contents of source .*questions.jsonl have changed since"):
+    with pytest.raises(UserError, match=r"\(source .*questions.jsonl changed since it was begun\)"):
         prepare(made[0], FakeTask())
     fake_config(tmp_path, ODD)
     prepare(made[0], FakeTask())
     (tmp_path / "model" / "model.safetensors").write_bytes(b"other weights")
-    with pytest.raises(UserError, match=r"the contents of target .*model have changed since"):
+    with pytest.raises(UserError, match=r"\(target .*model changed since it was begun\)"):
         prepare(made[0], FakeTask())
 
 

@@ -122,7 +122,7 @@ def test_rare_categories_leave_all_samples() -> None:
 
 @pytest.fixture(scope="module")
 def catalog() -> list[Category]:
-    corpus = Corpus(WORLD, ActivationPatchingConfig(), InputAblationConfig(), 3)
+    corpus = Corpus(WORLD, 3)
     lexicon = Lexicon()
     for _ in range(300):
         lexicon.membership(words_of(corpus.document()), grow=True)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from training_helpers import train_config, write_dataset
 
+from introspect_ray.config import OptimizationConfig
 from introspect_ray.data.storage import Folder
 from introspect_ray.errors import UserError
 from introspect_ray.training.checkpoint import CheckpointStore, TrainState
@@ -29,7 +30,7 @@ def test_dataset_that_is_torn(tmp_path):
     config = train_config(tmp_path)
     shard = tmp_path / "dataset" / "shards" / "shard-00000.parquet"
     shard.write_bytes(shard.read_bytes()[:-9])
-    with pytest.raises(UserError, match="dataset.json says"):
+    with pytest.raises(UserError, match=r"dataset.json says"):
         prepare(config)
 
 
@@ -93,18 +94,12 @@ def trained(seed, steps):
         "a": torch.nn.Parameter(torch.randn(3, 4, generator=generator)),
         "b": torch.nn.Parameter(torch.randn(4, generator=generator)),
     }
-    optimizer = make_optimizer(parameters.values(), train_config_optimization())
+    optimizer = make_optimizer(parameters.values(), OptimizationConfig(learning_rate=0.1))
     for _ in range(steps):
         for parameter in parameters.values():
             parameter.grad = torch.randn(parameter.shape, generator=generator)
         optimizer.step()
     return parameters, optimizer
-
-
-def train_config_optimization():
-    from introspect_ray.config import OptimizationConfig
-
-    return OptimizationConfig(learning_rate=0.1)
 
 
 @pytest.mark.parametrize("url", ["local", "memory://checkpoint-test"])

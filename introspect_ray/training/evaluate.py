@@ -9,37 +9,43 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from introspect_ray.config import ActorConfig, EvaluateConfig, EvaluationRun, resolved
-from introspect_ray.data.answering import AnswerPool
 from introspect_ray.data.cluster import connect
 from introspect_ray.data.dataset import Dataset, open_dataset
+from introspect_ray.data.identity import folder_digest
 from introspect_ray.data.manifest import CONFIG_NAME
 from introspect_ray.data.storage import Folder
 from introspect_ray.errors import UserError
-from introspect_ray.evaluation.evaluate import Keep, TaskEvaluation, evaluate_task
+from introspect_ray.evaluation.evaluate import Keep, TaskEvaluation, applicable, evaluate_task
 from introspect_ray.evaluation.intervals import Bootstrap
 from introspect_ray.evaluation.report import Report, TaskReport, build_task_report, render_report
 from introspect_ray.evaluation.scores import format_table, scores_json
 from introspect_ray.explainer.card import ExplainerCard, read_card
 from introspect_ray.tasks.base import Record, Task, stable_id
 from introspect_ray.tasks.registry import get_task
+from introspect_ray.training.answering import AnswerPool
+from introspect_ray.training.metrics import read_metrics
 
 SCORES_NAME = "scores.json"
 REPORT_NAME = "report.html"
-METRICS_NAME = "metrics.jsonl"
 
-Progress = Callable[[str, int], None]
-"""(task, number of answers that just came)"""
+Progress = Callable[[int, int, str], None]
+"""(answers that came, answers in all, task); answers that an earlier run left count as come."""
 
 
 @dataclass(frozen=True)
 class EvaluationSummary:
-    """What an evaluation wrote: the table for the terminal and the report's place."""
+    """What an evaluation wrote: the table for the terminal, and where scores and report are."""
 
     table: str
-    report: str
     scores: str
+    report: str
+
+    @property
+    def text(self) -> str:
+        return f"{self.table}\n\nwrote {self.scores} and {self.report}"
 
 
 @dataclass(frozen=True)
@@ -63,8 +69,12 @@ def evaluate_explainer(config: EvaluateConfig, progress: Progress) -> Evaluation
         raise UserError(f"runs name datasets of the tasks {', '.join(names)}: expected every task once")
     folder = Folder(config.output)
     _claim(folder, config, jobs)
+    tests = [whole_groups(job.dataset.records("test"), config.max_examples) for job in jobs]
+    tally = _Tally(
+        sum(len(test) * _num_texts(job.task, config) for job, test in zip(jobs, tests, strict=True)), progress
+    )
     with connect():
-        evaluated = [_evaluate(job, config, folder, progress) for job in jobs]
+        evaluated = [_evaluate(job, test, config, folder, tally) for job, test in zip(jobs, tests, strict=True)]
     evaluations = [evaluation for evaluation, _ in evaluated]
     report = Report(
         title="Can the model explain its own computations?",
@@ -75,7 +85,7 @@ def evaluate_explainer(config: EvaluateConfig, progress: Progress) -> Evaluation
     folder.write(REPORT_NAME, render_report(report).encode())
     folder.write(SCORES_NAME, scores_json(evaluations).encode())
     return EvaluationSummary(
-        format_table(evaluations), f"{config.output}/{REPORT_NAME}", f"{config.output}/{SCORES_NAME}"
+        format_table(evaluations), f"{config.output}/{SCORES_NAME}", f"{config.output}/{REPORT_NAME}"
     )
 
 
@@ -93,14 +103,11 @@ def _check(run: EvaluationRun) -> _Job:
 def _claim(folder: Folder, config: EvaluateConfig, jobs: Sequence[_Job]) -> None:
     """Write config.json into a new output folder; refuse one that holds another evaluation."""
     relevant = config.model_copy(update={"actors": ActorConfig(), "output": "", "num_browsable": 0})
-    digests = [
-        [
-            stable_id([shard.model_dump() for shard in job.dataset.manifest.shards]),
-            stable_id(job.card.model_dump(mode="json")),
-        ]
+    contents = [
+        ([shard.digest for shard in job.dataset.manifest.shards], folder_digest(Path(job.run.explainer)))
         for job in jobs
     ]
-    key = stable_id(resolved(relevant), digests)
+    key = stable_id(resolved(relevant), contents)
     try:
         found = json.loads(folder.read(CONFIG_NAME))
     except FileNotFoundError:
@@ -115,11 +122,29 @@ def _claim(folder: Folder, config: EvaluateConfig, jobs: Sequence[_Job]) -> None
         )
 
 
+@dataclass
+class _Tally:
+    """Counts answers over all runs and methods."""
+
+    total: int
+    progress: Progress
+    done: int = 0
+
+    def add(self, count: int, task: str) -> None:
+        self.done += count
+        self.progress(self.done, self.total, task)
+
+
+def _num_texts(task: Task, config: EvaluateConfig) -> int:
+    """Answers per record over all methods; `self_scales` gives one per scale."""
+    return sum(len(config.scales) if method == "self_scales" else 1 for method in applicable(task, config.methods))
+
+
 def _evaluate(
-    job: _Job, config: EvaluateConfig, folder: Folder, progress: Progress
+    job: _Job, test: Sequence[Record], config: EvaluateConfig, folder: Folder, tally: _Tally
 ) -> tuple[TaskEvaluation, TaskReport]:
-    test = whole_groups(job.dataset.records("test"), config.max_examples)
-    pool = AnswerPool(job.run.explainer, config.actors, config.batch_size, lambda count: progress(job.task.name, count))
+    name = job.task.name
+    pool = AnswerPool(job.run.explainer, config.actors, config.batch_size, lambda count: tally.add(count, name))
     evaluation = evaluate_task(
         job.task,
         job.dataset.records("train"),
@@ -129,9 +154,9 @@ def _evaluate(
         methods=config.methods,
         scales=config.scales,
         bootstrap=Bootstrap(samples=config.bootstrap_samples, confidence=config.confidence, seed=config.seed),
-        keep=_keeper(folder, job.task.name, len(test)),
+        keep=_keeper(folder, name, len(test), tally),
     )
-    curve = training_curve(job.run.explainer)
+    curve = [(line["step"], line["loss"]) for line in read_metrics(Folder(job.run.explainer))]
     return evaluation, build_task_report(job.task, test, evaluation, curve, config.num_browsable)
 
 
@@ -150,32 +175,27 @@ def whole_groups(records: Sequence[Record], limit: int | None) -> list[Record]:
     return chosen
 
 
-def _keeper(folder: Folder, task: str, num_records: int) -> Keep:
+def _keeper(folder: Folder, task: str, num_records: int, tally: _Tally) -> Keep:
     """Texts under `answers/TASK/NAME.json`; a file that is torn or of another length is answered anew."""
 
     def keep(name: str, compute: Callable[[], list[str]]) -> list[str]:
-        path = f"answers/{task}/{name}.json"
-        try:
-            texts = json.loads(folder.read(path))
-            if isinstance(texts, list) and len(texts) == num_records:
-                return texts
-        except (FileNotFoundError, ValueError):
-            pass
-        texts = compute()
-        folder.write(path, json.dumps(texts, ensure_ascii=False, indent=0).encode())
+        path, before = f"answers/{task}/{name}.json", tally.done
+        texts = _read_texts(folder, path)
+        if texts is None or len(texts) != num_records:
+            texts = compute()
+            folder.write(path, json.dumps(texts, ensure_ascii=False, indent=0).encode())
+        tally.add(before + num_records - tally.done, task)
         return texts
 
     return keep
 
 
-def training_curve(explainer: str) -> list[tuple[int, float]]:
-    """(step, loss) from the explainer's metrics.jsonl; empty if it brings none."""
+def _read_texts(folder: Folder, path: str) -> list[str] | None:
     try:
-        lines = Folder(explainer).read(METRICS_NAME).decode().splitlines()
-    except FileNotFoundError:
-        return []
-    rows = [json.loads(line) for line in lines]
-    return [(row["step"], row["loss"]) for row in rows if "loss" in row]
+        texts = json.loads(folder.read(path))
+    except (FileNotFoundError, ValueError):
+        return None
+    return texts if isinstance(texts, list) else None
 
 
 def _summary(
