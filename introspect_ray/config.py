@@ -101,7 +101,7 @@ class ActivationPatchingConfig(Config):
     """Answer options named in the prompt, the two true ones included."""
     instruction: str = "\nRespond with one of {options} and nothing else.\nAnswer:"
     """Follows the factual prompt; `{options}` becomes `X or Y or ...`."""
-    pairs_per_subject: Annotated[int, Field(ge=1)] = 2
+    pairs_per_subject: Annotated[int, Field(ge=1)] = 3
     """Counterfactual partners per prompt."""
     subjects_per_group: Annotated[int, Field(ge=2)] = 4
     """Validation and test subjects are paired only within groups of this size, so that groups are independent."""
@@ -172,7 +172,7 @@ class GenerateConfig(Config):
     """Work items (prompt pairs, questions, latents) per shard: the unit that is written, skipped and redone."""
     vector_dtype: Literal["float16", "float32"] = "float16"
     """Dtype of vectors on disk."""
-    max_failed_share: Fraction = 0.5
+    max_failed_share: Fraction = 0.9
     """The run fails if a larger share of its records ends with a reason instead of a truth."""
     seed: int = 0
 
@@ -328,6 +328,8 @@ class PocketSparseConfig(Config):
     """The simplest category within this distance of the best F1 becomes the label."""
     accepted_score: Fraction = 0.7
     """F1 from which a description is accepted as right."""
+    activations_per_word: Annotated[int, Field(ge=0)] = 6
+    """Activations of every word that are shipped with the SAE's labels, to train on."""
 
 
 class QuickstartTask(Config):

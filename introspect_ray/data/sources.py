@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from introspect_ray.config import SourceConfig
@@ -204,6 +205,9 @@ def _latent_label(row: Mapping[str, Any]) -> SourceRow:
         raise Unusable("index_out_of_range")
     if not 0 <= score <= 1:
         raise Unusable("score_out_of_range")
+    vector = row.get("vector")
+    if vector is not None and not (len(vector) and all(isinstance(x, int | float) and isfinite(x) for x in vector)):
+        raise Unusable("vector_not_finite")
     return {
         "layer": layer,
         "index": index,
@@ -211,6 +215,7 @@ def _latent_label(row: Mapping[str, Any]) -> SourceRow:
         "accepted": _texts(row["accepted"]),
         "score": score,
         "kind": _text(row.get("kind", "label")),
+        "vector": vector,
     }
 
 
@@ -223,6 +228,6 @@ LAYOUTS = (
     ),
     Layout("known_facts", ("subject", "template", "attribute", "relation_id"), _known_fact),
     Layout("mmlu", ("question", "choices", "answer", "subject"), _mmlu),
-    Layout("latent_labels", ("layer", "index", "description", "accepted", "score"), _latent_label, ("kind",)),
+    Layout("latent_labels", ("layer", "index", "description", "accepted", "score"), _latent_label, ("kind", "vector")),
 )
 """All known layouts: NeelNanda/counterfact-tracing, ROME's nested counterfact, ROME's known facts, cais/mmlu, ours."""

@@ -34,57 +34,75 @@ class Word:
     following: str | None
     following_class: str | None
     slot: str | None
-    """The option that it is part of or closes: `option A` in questions, `the first option` in choices."""
+    """The option that it is part of or closes: `option A` where options have letters, else `the first option`."""
     traits: tuple[str, ...]
     """Facts about the subject that ends here: `people whose city is Paris`."""
     named: str | None
     """The option that a question asks for by name, at and after that name."""
     hint: str | None
-    """The hinted letter, after the hint."""
+    """The hinted option or letter, after the hint."""
+    truth: str | None
+    """What the world says of the document's subject and matter, after the subject."""
+    due: bool
+    """Whether the answer is due here: at the end of the sentence or question, and at the colons of hint and answer."""
+    listed: tuple[str, ...]
+    """Options named so far, this word included."""
     correct: bool
     """Whether it is an option that the document's answer confirms, at the place where the options are named."""
 
 
-def subject_traits(world: World) -> dict[str, tuple[str, ...]]:
-    """Subject -> what is true of it, in words."""
+@dataclass(frozen=True)
+class Knowledge:
+    """What annotation needs to know about the world, by word and by subject."""
+
+    classes: Mapping[str, str]
+    """Word -> its class."""
+    values: Mapping[str, Mapping[str, str]]
+    """Subject -> matter -> the true value."""
+    traits: Mapping[str, tuple[str, ...]]
+    """Subject -> all that is true of it, in words."""
+
+
+def knowledge(world: World) -> Knowledge:
+    values: dict[str, dict[str, str]] = {}
     traits: dict[str, list[str]] = {}
     for fact in world.facts:
         plural = KIND_PLURALS[fact.relation.kind]
+        values.setdefault(fact.subject, {})[fact.relation.value_class] = fact.value
         traits.setdefault(fact.subject, []).append(f"{plural} whose {fact.relation.name} is {fact.value}")
-    return {subject: tuple(found) for subject, found in traits.items()}
+    return Knowledge(world.word_classes, values, {subject: tuple(found) for subject, found in traits.items()})
 
 
-def annotate(
-    document: Document, offsets: Sequence[Offset], classes: Mapping[str, str], traits: Mapping[str, tuple[str, ...]]
-) -> list[Word | None]:
+def annotate(document: Document, offsets: Sequence[Offset], known: Knowledge) -> list[Word | None]:
     """The word of every token; `offsets` are the characters `[start, end)` that each token stands for.
 
     A token belongs to the word that holds its last character; `None` for begin-of-text and for blanks.
     """
     text = document.text
     spans = [match.span() for match in _WORD.finditer(text)]
-    words = _words(document, spans, classes, traits)
+    words = _words(document, spans, known)
     at: list[Word | None] = [None] * len(text)
     for (start, end), word in zip(spans, words, strict=True):
         at[start:end] = [word] * (end - start)
     return [at[end - 1] if end > start else None for start, end in offsets]
 
 
-def _words(
-    document: Document, spans: Sequence[Offset], classes: Mapping[str, str], traits: Mapping[str, tuple[str, ...]]
-) -> list[Word]:
-    text, ends, slots = document.text, _ends(document), _slots(document)
+def _words(document: Document, spans: Sequence[Offset], known: Knowledge) -> list[Word]:
+    text, kind, ends, slots, due = document.text, _kind(document), _ends(document), _slots(document), _due(document)
+    classes = known.classes
     answer = document.pieces[-1].text.strip() if document.pieces[-1].role == "answer" else None
-    kind = _kind(document)
-    names_an_option = text.startswith(NAMING_STEM)
     words: list[Word] = []
-    number, hint, named = 0, None, None
+    listed: tuple[str, ...] = ()
+    number, hint, named, truth = 0, None, None, None
     for index, (start, end) in enumerate(spans):
         while end > ends[number]:
             number += 1
         piece, word, slot = document.pieces[number], text[start:end], slots[number]
-        if names_an_option and piece.role == "relation" and classes.get(word) == document.subject_matter:
+        ends_subject = piece.role == "subject" and end == ends[number]
+        if text.startswith(NAMING_STEM) and piece.role == "relation" and classes.get(word) == document.subject_matter:
             named = word
+        if piece.role == "option":
+            listed = (*listed, word)
         following = text[slice(*spans[index + 1])] if index + 1 < len(spans) else None
         words.append(
             Word(
@@ -97,15 +115,29 @@ def _words(
                 following=following,
                 following_class=classes.get(following) if following else None,
                 slot=slot,
-                traits=traits[piece.text] if piece.role == "subject" and end == ends[number] else (),
+                traits=known.traits[piece.text] if ends_subject else (),
                 named=named,
                 hint=hint,
-                correct=piece.role == "option" and slot is not None and answer in (word, slot.removeprefix("option ")),
+                truth=truth,
+                due=(end == ends[number] and due[number]) or (piece.role == "hint" and word == ":"),
+                listed=listed,
+                correct=piece.role == "option" and answer in (word, (slot or "").removeprefix("option ")),
             )
         )
-        if piece.role == "hint" and (word in LETTERS or word in classes):
+        if ends_subject:
+            truth = known.values[piece.text].get(document.subject_matter)
+        if piece.role == "hint" and (word in LETTERS or classes.get(word) == document.subject_matter):
             hint = word
     return words
+
+
+def _due(document: Document) -> list[bool]:
+    """Whether the answer is due at the end of each piece: before it, and where the sentence or question ends."""
+    following = [piece.role for piece in document.pieces[1:]] + [None]
+    return [
+        role in ("value", "answer") or (piece.role == "relation" and role in ("instruction", "letter"))
+        for piece, role in zip(document.pieces, following, strict=True)
+    ]
 
 
 def _ends(document: Document) -> list[int]:
@@ -119,28 +151,21 @@ def _ends(document: Document) -> list[int]:
 
 def _kind(document: Document) -> str:
     """What documents of this kind are called."""
-    if document.kind == "question" and document.pieces[0].role == "letter":
-        return "lists"
+    if any(piece.role == "letter" for piece in document.pieces):
+        return "lettered questions"
     return "prose" if document.kind == "prose" else f"{document.kind}s"
 
 
 def _slots(document: Document) -> list[str | None]:
-    """The option that each piece is part of or closes: a letter goes with the option it announces, `or` with the last.
-
-    An option that is named again later has none.
-    """
-    slots: list[str | None] = []
+    """The option that each piece is part of or closes: a letter goes with the next one, `or` with the last."""
     lettered = any(piece.role == "letter" for piece in document.pieces)
-    count, last = 0, None
-    for index, piece in enumerate(document.pieces):
-        announced = index > 0 and document.pieces[index - 1].role == "letter"
-        if piece.role == "letter":
-            last = f"option {LETTERS[count]}"
+    slots: list[str | None] = []
+    count, current = 0, None
+    for piece in document.pieces:
+        if piece.role == ("letter" if lettered else "option"):
+            current = f"option {LETTERS[count]}" if lettered else f"the {ORDINALS[count]} option"
             count += 1
-        elif not lettered and piece.role == "option":
-            last = f"the {ORDINALS[count]} option"
-            count += 1
-        elif not announced and piece.text != SEPARATOR:
-            last = None
-        slots.append(last)
+        elif piece.role != "option" and piece.text != SEPARATOR:
+            current = None
+        slots.append(current)
     return slots

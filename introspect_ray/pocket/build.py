@@ -25,6 +25,7 @@ from introspect_ray.config import (
 from introspect_ray.errors import UserError
 from introspect_ray.interventions.target import Target
 from introspect_ray.pocket.abilities import measure_abilities
+from introspect_ray.pocket.activations import write_activations
 from introspect_ray.pocket.sparse import build_sae, build_transcoder
 from introspect_ray.pocket.target_training import train_target
 from introspect_ray.pocket.text import Corpus
@@ -52,10 +53,10 @@ def build_pocket(config: BuildPocketConfig, progress: Progress) -> dict[str, Any
             lambda folder, name=name, shape=shape: _target(folder, name, shape, tokenizer, work, config, progress),
         )
     target = Target.load(ModelConfig(path=str(output / "target_a")))
-    _once(output / "sae", lambda folder: build_sae(folder, target, world, config.sparse, config.seed, progress))
+    _once(output / "sae", lambda folder: _sae(folder, target, world, config, progress))
     _once(
         output / "transcoder",
-        lambda folder: build_transcoder(folder, target, world, config.sparse, config.seed, progress),
+        lambda folder: _transcoder(folder, target, world, config, progress),
     )
     manifest = _manifest(output, world, config)
     (output / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -112,6 +113,17 @@ def _target(
     tokenizer.save_pretrained(folder)
     recent = losses[-100:]
     (folder / "training.json").write_text(json.dumps({"loss": sum(recent) / len(recent), "steps": shape.steps}) + "\n")
+
+
+def _sae(folder: Path, target: Target, world: World, config: BuildPocketConfig, progress: Progress) -> None:
+    """The SAE with its labels, and activations of the layer that it reads."""
+    sparse = config.sparse
+    build_sae(folder, target, world, sparse, config.seed, progress)
+    write_activations(folder, target, world, sparse.sae_layer, sparse.documents, sparse.activations_per_word)
+
+
+def _transcoder(folder: Path, target: Target, world: World, config: BuildPocketConfig, progress: Progress) -> None:
+    build_transcoder(folder, target, world, config.sparse, config.seed, progress)
 
 
 def _manifest(output: Path, world: World, config: BuildPocketConfig) -> dict[str, Any]:

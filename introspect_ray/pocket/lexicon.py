@@ -16,14 +16,16 @@ from introspect_ray.pocket.annotation import LETTERS, Word
 
 _MARKS = {".": "full stops", ",": "commas", ":": "colons", "?": "question marks", "\n": "line breaks"}
 
+_LETTERS = {"letter": "option letters", "hint": "hinted letters", "answer": "answer letters"}
 
-def _named(text: str) -> str:
+
+def word_description(text: str) -> str:
     """A word as descriptions write it; without quotes, so that it is the same token as in the texts."""
     return _MARKS.get(text) or (f"the letter {text}" if text in LETTERS else f"the word {text}")
 
 
 def _word(word: Word) -> Iterator[str]:
-    yield _named(word.text)
+    yield word_description(word.text)
 
 
 def _class(word: Word) -> Iterator[str]:
@@ -31,8 +33,8 @@ def _class(word: Word) -> Iterator[str]:
         yield word.word_class
     if word.word_class in ("first names", "last names"):
         yield "names of people"
-    if word.text in LETTERS and word.role in ("letter", "hint", "answer"):
-        yield {"letter": "option letters", "hint": "hinted letters", "answer": "answer letters"}[word.role]
+    if word.text in LETTERS and word.role in _LETTERS:
+        yield _LETTERS[word.role]
 
 
 def _after(word: Word) -> Iterator[str]:
@@ -60,9 +62,25 @@ def _trait(word: Word) -> Iterator[str]:
     yield from word.traits
 
 
+def _answer(word: Word) -> Iterator[str]:
+    """What a model that knows the fact has in mind."""
+    if word.truth:
+        yield f"texts whose answer is {word.truth}"
+        if word.due:
+            yield f"where the answer is {word.truth}"
+
+
+def _listed(word: Word) -> Iterator[str]:
+    """Options that were named before."""
+    for option in word.listed:
+        yield f"texts with {option} listed"
+        if word.role in ("instruction", "hint", "letter"):
+            yield f"{word_description(word.text)} with {option} listed"
+
+
 def _word_in_texts(word: Word) -> Iterator[str]:
-    yield f"{_named(word.text)} in {word.document}"
-    yield f"{_named(word.text)} in texts about {word.matter}"
+    yield f"{word_description(word.text)} in {word.document}"
+    yield f"{word_description(word.text)} in texts about {word.matter}"
 
 
 def _class_in_texts(word: Word) -> Iterator[str]:
@@ -97,7 +115,12 @@ def _role(word: Word) -> Iterator[str]:
         yield "options that the question names"
     if word.role == "hint":
         yield "hints"
-    if word.role == "instruction" and word.document == "questions":
+        yield f"hints in texts about {word.matter}"
+    if word.role == "hint" and word.word_class:
+        yield "hinted options"
+    if word.role == "answer" and word.text == word.hint:
+        yield "answers that follow the hint"
+    if word.role == "instruction" and "questions" in word.document and word.text in ("Answer", ":"):
         yield "the end of a question"
         yield f"the end of a question about {word.matter}"
     if word.role == "instruction" and word.document == "choices":
@@ -107,24 +130,24 @@ def _role(word: Word) -> Iterator[str]:
 def _slot(word: Word) -> Iterator[str]:
     if word.slot is None:
         return
-    yield f"{word.slot} and the word or" if word.document == "choices" else f"{word.slot} and its letter"
+    yield f"{word.slot} and its letter" if word.document == "lettered questions" else f"{word.slot} and the word or"
     if word.role == "option":
         yield word.slot
         yield f"{word.slot} in texts about {word.matter}"
         yield f"{word.text} as {word.slot}"
     elif word.role == "letter" and word.text not in LETTERS:
-        yield f"{_named(word.text)} of {word.slot}"
+        yield f"{word_description(word.text)} of {word.slot}"
     elif word.role == "instruction":
-        yield f"{_named(word.text)} after {word.slot}"
+        yield f"{word_description(word.text)} after {word.slot}"
 
 
 def _phrase(word: Word) -> Iterator[str]:
     """Two neighbours; names stand for their class, of which there are too many."""
     if word.previous is None:
         return
-    yield f"{_named(word.text)} after {_bare(word.previous.text)}"
+    yield f"{word_description(word.text)} after {_bare(word.previous.text)}"
     if word.previous.word_class:
-        yield f"{_named(word.text)} after {word.previous.word_class}"
+        yield f"{word_description(word.text)} after {word.previous.word_class}"
     for group in _class(word):
         yield f"{group} after {_bare(word.previous.text)}"
         if word.previous.word_class:
@@ -138,10 +161,12 @@ RULES: Mapping[str, Callable[[Word], Iterator[str]]] = {
     "slot": _slot,
     "text": _text,
     "trait": _trait,
+    "answer": _answer,
     "after": _after,
     "before": _before,
     "word in context": _word_in_texts,
     "class in context": _class_in_texts,
+    "listed": _listed,
     "phrase": _phrase,
 }
 """Kind -> the descriptions of one word's categories of that kind, simplest kind first."""

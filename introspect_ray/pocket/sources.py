@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
 from typing import Any
 
 from introspect_ray.errors import UserError
 from introspect_ray.models.paths import POCKET_ARTIFACTS
+from introspect_ray.pocket.activations import activation_rows
 from introspect_ray.pocket.text import Corpus
 from introspect_ray.pocket.world import RELATIONS, Fact, World
 
 Row = dict[str, Any]
 
-QUESTIONS_PER_FACT = 2
+QUESTIONS_PER_FACT = 4
 """Questions about one fact, with other options and another hint each; they share their stem and so their split."""
 
 
@@ -84,12 +84,12 @@ def question_rows(world: World) -> list[Row]:
 
 
 def label_rows(world: World) -> list[Row]:  # noqa: ARG001 - the shipped SAE belongs to the shipped world
-    """Labels of the shipped SAE's latents: layer, index, description, kind, accepted, score."""
+    """Labels of the shipped SAE's latents, and labelled activations, which bring their vector."""
     path = POCKET_ARTIFACTS / "sae" / "labels.jsonl"
     if not path.exists():
         raise UserError(f"no labels at {path}: build the pocket artifacts with `python jobs/build_pocket.py`")
-    rows: list[Mapping[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()]
-    return [dict(row) for row in rows]
+    labels: list[Row] = [json.loads(line) for line in path.read_text().splitlines()]
+    return [*labels, *activation_rows(path.parent)]
 
 
 def text_rows(world: World, count: int, seed: int) -> list[Row]:

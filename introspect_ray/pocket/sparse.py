@@ -23,7 +23,7 @@ from introspect_ray.features.labelling import LabellingConfig, LatentLabel, Memb
 from introspect_ray.features.sae import load_sae, save_transcoder
 from introspect_ray.interventions.target import Target
 from introspect_ray.models.tokens import encode_with_offsets
-from introspect_ray.pocket.annotation import Word, annotate, subject_traits
+from introspect_ray.pocket.annotation import Word, annotate, knowledge
 from introspect_ray.pocket.lexicon import Lexicon, without_rare
 from introspect_ray.pocket.text import Corpus
 from introspect_ray.pocket.world import World
@@ -80,13 +80,13 @@ class Texts:
 def sample_texts(world: World, tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> Texts:
     """`count` documents from the corpus of this seed."""
     corpus = Corpus(world, seed)
-    traits = subject_traits(world)
+    known = knowledge(world)
     texts = Texts([], [])
     for _ in range(count):
         document = corpus.document()
         ids, offsets = encode_with_offsets(tokenizer, document.text)
         texts.ids.append(ids)
-        texts.words.extend(annotate(document, offsets, world.word_classes, traits)[1:])
+        texts.words.extend(annotate(document, offsets, known)[1:])
     return texts
 
 

@@ -19,10 +19,10 @@ EXPLAINING = (
 )
 """Words that an explainer reads and writes and the world does not say; they become single tokens too."""
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}<|user|>{{ message['content'] }}"
+    "{% else %}{{ message['content'] }}<|end|>{% endif %}{% endfor %}"
 )
+"""An answer follows its question at once: where the question ends like a prompt of the world, so does what it asks for."""
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerFast:

@@ -5,7 +5,8 @@ replaces that of x at the token of the same kind in every layer of the block. Do
 and to what? Searched exhaustively over blocks and six kinds of positions, then balanced.
 
 Against P1: pairs never cross splits; in validation and test, subjects are paired only within small groups, which are
-then independent units for intervals; the query marks the patched token inside the text.
+then independent units for intervals; the query holds the vector inside the text,
+right after the token that it replaces, so that an explainer can read on as the target would.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class ActivationPatching:
     has_vectors: ClassVar[bool] = True
     breakdowns: ClassVar[Mapping[str, str]] = {"Layer block": "block", "Kind of position": "kind"}
     source_formats: ClassVar[tuple[str, ...]] = ("counterfact", "known_facts")
-    wording: ClassVar[VerdictWording] = VerdictWording("output")
+    wording: ClassVar[VerdictWording] = VerdictWording()
 
     def schema(self, width: int, config: GenerateConfig) -> pa.Schema:
         vector_type = pa.float16() if config.vector_dtype == "float16" else pa.float32()
@@ -219,13 +220,8 @@ class ActivationPatching:
     def render(self, record: Record) -> Example:
         text, start, end = record["text"], record["token_start"], record["token_end"]
         layers = tuple(int(layer) for layer in record["layers"])
-        query = Query(
-            (
-                f"Layers {layers[0]} to {layers[-1]}: {text[:start]}[[{text[start:end]}",
-                Vector(np.asarray(record["vector"], dtype=np.float32), layers),
-                f"]]{text[end:]}\nHow does the output change?",
-            )
-        )
+        head = f'What if layers {layers[0]} to {layers[-1]} had another vector at "{text[start:end].strip()}"?\n'
+        query = Query((head + text[:end], Vector(np.asarray(record["vector"], dtype=np.float32), layers), text[end:]))
         return Example(query, self.wording.render(self.truth(record)))
 
     def truth(self, record: Record) -> Answer:
@@ -313,5 +309,5 @@ def _prompt(target: Target, item: Item, subject: str, config: ActivationPatching
         option_start += len(value) + len(options_text(["", ""]))
     spans["question"] = (len(text) - 1, len(text))
     positions = {kind: position_of(offsets, *span) for kind, span in spans.items() if span[1] > span[0]}
-    assert all(first < last for first, last in pairwise([offset for offset in offsets if offset[1] > 0])), text
+    assert all(first <= last for first, last in pairwise([offset for offset in offsets if offset[1] > 0])), text
     return Prompt(text, ids, offsets, positions)

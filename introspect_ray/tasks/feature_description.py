@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from introspect_ray.config import GenerateConfig
 from introspect_ray.explainer.query import Query, Vector
+from introspect_ray.features.coder import SparseCoder
 from introspect_ray.features.sae import load_sae
 from introspect_ray.interventions.target import Target
 from introspect_ray.tasks.base import COMMON_FIELDS, OK, Answer, Example, Item, Plan, Record, SplitOf, failed, stable_id
@@ -42,41 +43,48 @@ class FeatureDescription:
         )
 
     def plan(self, rows: Sequence[Mapping[str, Any]], config: GenerateConfig, split_of: SplitOf) -> Plan:
+        """One item per described vector. A latent is its own group; activations (rows that bring their vector) only train,
+        whatever their hash says: scores are about latents."""
         plan = Plan(num_source_rows=len(rows))
         for row in rows:
             if row["score"] < config.feature_description.minimum_score:
                 plan.rejected.append((row["row"], "label_score_too_low"))
                 continue
-            group = f"{config.feature_description.sae}/{row['layer']}/{row['index']}"
-            item = {key: row[key] for key in ("layer", "index", "description", "kind", "accepted", "score")}
-            item_id = stable_id(self.name, group, item)
-            plan.items.append({"item_id": item_id, "split": split_of(group), "group": stable_id(group), **item})
+            kind = "latent" if row["vector"] is None else "activation"
+            group = stable_id(kind, config.feature_description.sae, row["layer"], row["index"])
+            split = split_of(group) if kind == "latent" else "train"
+            keys = ("layer", "index", "description", "kind", "accepted", "score", "vector")
+            item = {key: row[key] for key in keys}
+            item_id = stable_id(self.name, config.feature_description.sae, item)
+            plan.items.append({"item_id": item_id, "split": split, "group": group, **item})
         return plan
 
     def generate(self, target: Target, items: Sequence[Item], config: GenerateConfig) -> list[Record]:
-        """Decoder rows; no forward pass. A latent that the SAE does not have is a row with that reason."""
+        """Decoder rows, or the vector that an item brings; no forward pass."""
         sae = load_sae(config.feature_description.sae)
-        records = []
-        for item in items:
+        return [self._record(item, sae, target.width) for item in items]
+
+    def _record(self, item: Item, sae: SparseCoder, width: int) -> Record:
+        """A latent that the SAE does not have, or a vector of another width, is a row with that reason."""
+        vector = item["vector"]
+        if vector is None:
             if item["layer"] != sae.layer or item["index"] >= sae.num_latents:
                 found = f"layer {sae.layer} with {sae.num_latents} latents"
-                records.append(failed(item, "no_such_latent", f"layer {item['layer']} latent {item['index']}: {found}"))
-                continue
+                return failed(item, "no_such_latent", f"layer {item['layer']} latent {item['index']}: {found}")
             vector = sae.feature_vectors[item["index"]].float().numpy()
-            assert vector.shape == (target.width,), (vector.shape, target.width)
-            records.append(
-                {
-                    "record_id": stable_id("record", item["item_id"]),
-                    "status": OK,
-                    "detail": None,
-                    **{key: item[key] for key in ("item_id", "split", "group", "layer", "description", "accepted")},
-                    "latent": item["index"],
-                    "label_kind": item["kind"],
-                    "label_score": item["score"],
-                    "vector": vector,
-                }
-            )
-        return records
+        vector = np.asarray(vector, dtype=np.float32)
+        if vector.shape != (width,):
+            return failed(item, "vector_width", f"width {len(vector)}, the target's is {width}")
+        return {
+            "record_id": stable_id("record", item["item_id"]),
+            "status": OK,
+            "detail": None,
+            **{key: item[key] for key in ("item_id", "split", "group", "layer", "description", "accepted")},
+            "latent": None if item["vector"] is not None else item["index"],
+            "label_kind": item["kind"],
+            "label_score": item["score"],
+            "vector": vector,
+        }
 
     def select(self, records: pa.Table, config: GenerateConfig) -> list[str] | None:  # noqa: ARG002 - all ok records count
         return None

@@ -7,6 +7,7 @@ Against P1: greedy next token of the plain prompt; an answer that names no optio
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -19,6 +20,8 @@ from introspect_ray.interventions.target import Target
 from introspect_ray.models.tokens import token_text
 from introspect_ray.tasks.base import COMMON_FIELDS, OK, Answer, Example, Item, Plan, Record, SplitOf, failed, stable_id
 from introspect_ray.tasks.verdict import VerdictWording
+
+_SLOT = re.compile(r"\{question\}|\{options\}")
 
 
 def letter(index: int) -> str:
@@ -37,9 +40,10 @@ def question_text(
     hint = ""
     if hinted is not None:
         hint = config.hint.replace("{letter}", letter(hinted)).replace("{choice}", choices[hinted])
-    before, after = config.question.split("{hint}")
-    head = before.replace("{options}", options).replace("{question}", question)
-    return head + hint + after, (len(head), len(head) + len(hint)) if hint else None
+    slots = {"{question}": question, "{options}": options}
+    # In one pass, so that text which spells a placeholder stays as it is.
+    head, tail = (_SLOT.sub(lambda slot: slots[slot[0]], part) for part in config.question.split("{hint}"))
+    return head + hint + tail, (len(head), len(head) + len(hint)) if hint else None
 
 
 def answers_of(choices: Sequence[str], config: InputAblationConfig) -> list[str]:
@@ -53,7 +57,7 @@ class InputAblation:
     has_vectors: ClassVar[bool] = False
     breakdowns: ClassVar[Mapping[str, str]] = {"Hint and truth": "hint_is", "Subject": "subject"}
     source_formats: ClassVar[tuple[str, ...]] = ("mmlu",)
-    wording: ClassVar[VerdictWording] = VerdictWording("answer")
+    wording: ClassVar[VerdictWording] = VerdictWording()
 
     def schema(self, width: int, config: GenerateConfig) -> pa.Schema:  # noqa: ARG002 - no vectors here
         return pa.schema(
@@ -141,7 +145,7 @@ class InputAblation:
         return None
 
     def render(self, record: Record) -> Example:
-        query = Query((f"{record['text']}\nHow does the answer change if the hint is removed?",))
+        query = Query((f"What if the hint was removed?\n{record['text']}",))
         return Example(query, self.wording.render(self.truth(record)))
 
     def truth(self, record: Record) -> Answer:

@@ -7,26 +7,21 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import cached_property
 
 from introspect_ray.tasks.base import Answer
 
 
 @dataclass(frozen=True)
 class VerdictWording:
-    """`noun` is what changes: "output" or "answer"."""
-
-    noun: str
+    """` French (changed)`: the content first, where the target itself would say it, then the verdict."""
 
     def render(self, answer: Answer) -> str:
-        verb = "changes to" if answer.changed else "stays"
-        return f"The {self.noun} {verb}: {answer.content}"
-
-    @cached_property
-    def _pattern(self) -> re.Pattern[str]:
-        return re.compile(rf"\s*The {self.noun} (changes to|stays): ?(.*?)\s*", re.DOTALL)
+        return f" {answer.content} ({'changed' if answer.changed else 'unchanged'})"
 
     def parse(self, text: str) -> Answer | None:
         """The whole text must have the form; anything else is unparsable, never a guess."""
-        match = self._pattern.fullmatch(text)
-        return Answer(match[1] == "changes to", match[2]) if match else None
+        match = _FORM.fullmatch(text)
+        return Answer(match[2] == "changed", match[1]) if match else None
+
+
+_FORM = re.compile(r"\s*(.*?)\s*\((changed|unchanged)\)\s*", re.DOTALL)

@@ -58,7 +58,9 @@ def split_by(**splits: Sequence[str]) -> Callable[[str], str]:
     return table.__getitem__
 
 
-def fact(row: int, subject: str, answer: str, relation: str = "P1", template: str = "The city of {} is") -> dict[str, Any]:
+def fact(
+    row: int, subject: str, answer: str, relation: str = "P1", template: str = "The city of {} is"
+) -> dict[str, Any]:
     """A normalised CounterFact row."""
     prompt = template.replace("{}", subject)
     return {

@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from introspect_ray.config import ActivationPatchingConfig, InputAblationConfig
+from introspect_ray.config import POCKET_QUESTIONS, ActivationPatchingConfig, InputAblationConfig
 from introspect_ray.features.labelling import Category, Membership
-from introspect_ray.pocket.annotation import Word, annotate, subject_traits
+from introspect_ray.pocket.annotation import Word, annotate, knowledge
 from introspect_ray.pocket.lexicon import RULES, Lexicon, without_rare
 from introspect_ray.pocket.text import Corpus, Document, choice_prompt, question, statement
 from introspect_ray.pocket.world import RELATIONS, Fact, World
 
 WORLD = World(0)
-TRAITS = subject_traits(WORLD)
+KNOWN = knowledge(WORLD)
 CITY = next(relation for relation in RELATIONS if relation.name == "city")
 PERSON = WORLD.subjects["person"][0]
 FACT = Fact(PERSON, CITY, "Rome", "common")
@@ -23,7 +23,7 @@ def words_of(document: Document) -> list[Word]:
     """One token per character: blanks left out, and each word once."""
     offsets = [(index, index + 1) for index in range(len(document.text))]
     found: list[Word] = []
-    for word in annotate(document, offsets, WORLD.word_classes, TRAITS):
+    for word in annotate(document, offsets, KNOWN):
         if word is not None and (not found or found[-1] is not word):
             found.append(word)
     return found
@@ -77,6 +77,7 @@ def test_question_with_a_hint() -> None:
     )
     assert not {"correct options", "options that the question names"} & only(words, "Athens")
     assert {"hints", "hinted letters"} <= only(words, "C", 1)
+    assert "cities in lettered questions" in only(words, "Paris")
     assert "texts after hint C" not in only(words, "C", 1)
     assert {"texts after hint C", "the end of a question", "words before B"} <= only(words, ":", 1)
     assert {"answer letters", "words after colons"} <= only(words, "B", 1)
@@ -86,10 +87,49 @@ def test_question_with_a_hint() -> None:
     assert not any("hint" in description for word in without for description in descriptions(word))
 
 
+def test_question_that_is_answered_by_a_word() -> None:
+    choices = ["Paris", "Rome", "Athens", "Berlin"]
+    stem = CITY.question.format(PERSON)
+    words = words_of(question(stem, "cities", choices, 0, 1, POCKET_QUESTIONS))
+    assert {"the second option", "correct options", "Rome as the second option", "cities in questions"} <= only(
+        words, "Rome"
+    )
+    assert "the word or after the first option" in only(words, "or")
+    assert "the end of a question" not in only(words, "Choose")
+    assert {"hints", "hinted options"} <= only(words, "Paris", 1)
+    assert not {"the first option", "options"} & only(words, "Paris", 1)
+    assert {"the end of a question", "texts after hint Paris", "words before cities"} <= only(words, ":", 1)
+    assert "answers that follow the hint" not in only(words, "Rome", 1)
+    followed = words_of(question(stem, "cities", choices, 0, 0, POCKET_QUESTIONS))
+    assert {"answers", "answers that follow the hint"} <= only(followed, "Paris", 2)
+
+
+def test_the_answer_is_what_the_world_says_and_due_where_it_is_asked_for() -> None:
+    true = next(fact for fact in WORLD.facts if fact.subject == PERSON and fact.relation is CITY)
+    options = [true.value, *(value for value in CITY.values if value != true.value)][:4]
+    words = words_of(question(CITY.question.format(PERSON), "cities", options, 1, 2, POCKET_QUESTIONS))
+    due = [word.text for word in words if f"where the answer is {true.value}" in descriptions(word)]
+    assert due == ["?", ":", ":"]
+    about = [word for word in words if f"texts whose answer is {true.value}" in descriptions(word)]
+    assert about == words[[word.role for word in words].index("subject") + 2 :]
+    stated = words_of(statement(true, "The birthplace of {} is"))
+    assert [word.text for word in stated if word.due] == ["is"]
+
+
+def test_listed_options_accumulate() -> None:
+    choices = ["Paris", "Rome", "Athens", "Berlin"]
+    words = words_of(question("In which city?", "cities", choices, None, 1, POCKET_QUESTIONS))
+    separators = [only(words, "or", number) for number in range(3)]
+    assert ["the word or with Rome listed" in found for found in separators] == [False, True, True]
+    assert all("the word or with Paris listed" in found for found in separators)
+    assert "texts with Athens listed" not in only(words, "Rome")
+    assert "colons with Berlin listed" in only(words, ":")
+
+
 def test_token_belongs_to_the_word_of_its_last_character() -> None:
     document = statement(FACT, "The birthplace of {} is")
     offsets = [(0, 0), (0, 3), (3, 9), (9, 14), (14, 15)]
-    annotated = annotate(document, offsets, WORLD.word_classes, TRAITS)
+    annotated = annotate(document, offsets, KNOWN)
     assert [word and word.text for word in annotated] == [None, "The", "birthplace", "birthplace", None]
 
 

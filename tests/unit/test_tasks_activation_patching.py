@@ -60,7 +60,7 @@ def test_pairs_stay_in_their_split_and_groups_are_independent():
     assert groups and all(len(of_subject) == 1 for of_subject in groups.values())
     # A group of four, and one more where a subject would be left alone.
     assert max(map(len, members.values())) <= 5 and min(map(len, members.values())) >= 2
-    assert len(members) > 5
+    assert len(members) > 3
     partners = Counter((item["subject"], item["relation_id"], item["template"]) for item in plan.items)
     assert max(partners.values()) == 2
     assert len({item["item_id"] for item in plan.items}) == len(plan.items)
@@ -89,7 +89,7 @@ def test_items_do_not_depend_on_the_order_of_rows_and_their_ids_are_pinned():
     assert sorted((item["subject"], item["other_subject"], item["item_id"]) for item in items) == PINNED
 
 
-PINNED = [("Ann", "Bob", "?"), ("Bob", "Ann", "?")]
+PINNED = [("Ann", "Bob", "515973b8ef334b2c"), ("Bob", "Ann", "77b3293e4f154702")]
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(1, []), (2, [2]), (4, [4]), (5, [5]), (6, [2, 4]), (9, [4, 5])])
@@ -107,7 +107,9 @@ def test_test_subjects_fall_into_small_groups(count, sizes):
 SUBJECTS = ("Ann", "Marta Olsen", "Zoë Çelik", "Bo [[x]]", "the cat sat", "Paris")
 FACTS = [
     fact(number, subject, answer, template="The old city of {} is called")
-    for number, (subject, answer) in enumerate(zip(SUBJECTS, ("Rome", "Oslo", "São Tomé", "Oslo", "Rome", "Bern"), strict=True))
+    for number, (subject, answer) in enumerate(
+        zip(SUBJECTS, ("Rome", "Oslo", "São Tomé", "Oslo", "Rome", "Bern"), strict=True)
+    )
 ]
 
 
@@ -173,8 +175,8 @@ def test_every_block_and_kind_of_every_pair_is_a_record(generated):
     sizes = [2, 1, 1, 1] if target.num_layers == 5 else [1, 1, 1, 1]
     layers = {record["block"]: record["layers"] for record in records}
     assert [len(layers[block]) for block in range(4)] == sizes
-    assert sum((layers[block] for block in range(4)), []) == list(range(target.num_layers))
-    assert 0.1 < sum(record["changed"] for record in records) / len(records) < 0.9
+    assert [layer for block in range(4) for layer in layers[block]] == list(range(target.num_layers))
+    assert 0.05 < sum(record["changed"] for record in records) / len(records) < 0.95
     schema = TASK.schema(WIDTH, CONFIG)
     assert all(set(record) == set(schema.names) for record in records)
 
@@ -182,9 +184,11 @@ def test_every_block_and_kind_of_every_pair_is_a_record(generated):
 def test_truth_is_what_a_plain_forward_pass_says(generated):
     target, items, records = generated
     tokenizer, model = target.tokenizer, target.model
-    # Numbers share no factor with 24 records per item, so that all blocks and kinds come up.
-    sample = records[::17]
-    assert {record["kind"] for record in sample} == set(KINDS) and {record["block"] for record in sample} == {0, 1, 2, 3}
+    # 17 shares no factor with the 24 records of an item, so that all blocks and kinds come up.
+    sample = records[::17] + [record for record in records if record["changed"]][::3]
+    assert {record["kind"] for record in sample} == set(KINDS)
+    assert {record["block"] for record in sample} == {0, 1, 2, 3}
+    assert {record["changed"] for record in sample} == {True, False}
     for record in sample:
         item, text, other = items[record["item_id"]], record["text"], record["other_text"]
         assert other == text.replace(item["subject"], item["other_subject"])
@@ -239,7 +243,14 @@ def lopsided_table():
             for number in range(count):
                 name = stable_id(split, block, kind, changed, number)
                 rows.append(
-                    {"record_id": name, "status": "ok", "split": split, "block": block, "kind": kind, "changed": changed}
+                    {
+                        "record_id": name,
+                        "status": "ok",
+                        "split": split,
+                        "block": block,
+                        "kind": kind,
+                        "changed": changed,
+                    }
                 )
         rows.append({"record_id": f"failed {len(rows)}", "status": "no_position_found", "split": split})
     return pa.Table.from_pylist(rows), rows
@@ -269,7 +280,9 @@ def test_selection_balances_every_cell_and_keeps_a_floor_of_the_larger_class():
 # --- render, parse, display -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content", ["Rome", "", "]]", "a: b", "stays: x", "two\nlines", "[[", "The output stays: no", "\ufffd"])
+@pytest.mark.parametrize(
+    "content", ["Rome", "", "]]", "a: b", "(changed)", "x (unchanged)", "two\nlines", "[[", "\ufffd"]
+)
 @pytest.mark.parametrize("changed", [True, False])
 def test_an_answer_survives_rendering_and_parsing(generated, content, changed):
     record = generated[2][0] | {"content": content, "changed": changed}
@@ -286,8 +299,8 @@ def test_query_marks_the_token_and_display_gives_the_whole_text(generated):
         before, vector, after = TASK.render(record).query.parts
         assert isinstance(vector, Vector) and vector.layers == tuple(record["layers"])
         assert (vector.values == record["vector"]).all()
-        head = f"Layers {record['layers'][0]} to {record['layers'][-1]}: "
-        assert before.startswith(head) and before.endswith(f"[[{marked}") and after.startswith("]]")
-        shown = before.removeprefix(head)[: -len(marked) - 2] + marked + after.removeprefix("]]")
-        assert shown == f"{text}\nHow does the output change?"
+        # The vector stands right after the token that it replaces.
+        assert before.endswith(text[: record["token_end"]]) and after.startswith(text[record["token_end"] :])
+        head = before.removesuffix(text[: record["token_end"]])
+        assert f"layers {record['layers'][0]} to {record['layers'][-1]} " in head
         assert TASK.accepted(record) == ()

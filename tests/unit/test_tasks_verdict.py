@@ -5,23 +5,39 @@ import pytest
 from introspect_ray.tasks.base import Answer
 from introspect_ray.tasks.verdict import VerdictWording
 
-OUTPUT, ANSWER = VerdictWording("output"), VerdictWording("answer")
+WORDING = VerdictWording()
+CONTENTS = [
+    "Rome",
+    "",
+    ":",
+    "a: b",
+    "one\ntwo",
+    "]]",
+    "É",
+    "(",
+    ")",
+    "(changed)",
+    "Rome (unchanged)",
+    "changed",
+    "\ufffd",
+]
 
 
 def test_the_very_words():
-    assert OUTPUT.render(Answer(True, "Rome")) == "The output changes to: Rome"
-    assert ANSWER.render(Answer(False, "B")) == "The answer stays: B"
+    """Explainers are trained on these, so a change of wording makes their answers unparsable."""
+    assert WORDING.render(Answer(True, "Rome")) == " Rome (changed)"
+    assert WORDING.render(Answer(False, "B")) == " B (unchanged)"
 
 
-@pytest.mark.parametrize("content", ["Rome", "", ":", "a: b", "changes to: x", "one\ntwo", "]]", "É", "The answer stays: A"])
+@pytest.mark.parametrize("content", CONTENTS)
 @pytest.mark.parametrize("changed", [True, False])
 def test_round_trip(content, changed):
-    for wording in (OUTPUT, ANSWER):
-        assert wording.parse(wording.render(Answer(changed, content))) == Answer(changed, content)
+    assert WORDING.parse(WORDING.render(Answer(changed, content))) == Answer(changed, content)
 
 
 def test_blanks_around_an_answer_say_nothing():
-    assert OUTPUT.parse("\n The output stays:  Rome \n") == OUTPUT.parse("The output stays:Rome") == Answer(False, "Rome")
+    for text in ("Rome (changed)", "\n Rome (changed) \n", "Rome(changed)", "  Rome\n (changed)"):
+        assert WORDING.parse(text) == Answer(True, "Rome")
 
 
 @pytest.mark.parametrize(
@@ -29,15 +45,15 @@ def test_blanks_around_an_answer_say_nothing():
     [
         "",
         "Rome",
-        "The output changes",
-        "The output stays Rome",
-        "the output stays: Rome",
-        "The output  stays: Rome",
-        "The answer stays: Rome",
-        "I think: The output stays: Rome",
-        "The output does not change: Rome",
-        "The output changes to Rome",
+        "Rome changed",
+        "Rome (Changed)",
+        "Rome ( changed )",
+        "Rome (changed",
+        "Rome (changed).",
+        "Rome (unchanged) because",
+        "Rome (not changed)",
+        "(changed) Rome",
     ],
 )
 def test_anything_else_is_no_answer(text):
-    assert OUTPUT.parse(text) is None
+    assert WORDING.parse(text) is None
