@@ -347,9 +347,11 @@ class QuickstartConfig(Config):
     """Folder with `datasets/TASK`, `explainers/TASK` and `evaluation`."""
     tasks: tuple[TaskName, ...] = ("feature_description", "activation_patching", "input_ablation")
     target: ModelConfig = ModelConfig()
-    feature_description: QuickstartTask = QuickstartTask()
-    activation_patching: QuickstartTask = QuickstartTask()
-    input_ablation: QuickstartTask = QuickstartTask()
+    feature_description: QuickstartTask = QuickstartTask(
+        explainer=ExplainerConfig(vector_scale=2.0), optimization=OptimizationConfig(steps=500)
+    )
+    activation_patching: QuickstartTask = QuickstartTask(optimization=OptimizationConfig(steps=600))
+    input_ablation: QuickstartTask = QuickstartTask(optimization=OptimizationConfig(steps=450))
     questions: InputAblationConfig = POCKET_QUESTIONS
     """Layout of the questions of input_ablation."""
     actors: ActorConfig = ActorConfig(initial_size=2, max_size=2)

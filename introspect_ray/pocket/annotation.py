@@ -91,6 +91,7 @@ def _words(document: Document, spans: Sequence[Offset], known: Knowledge) -> lis
     text, kind, ends, slots, due = document.text, _kind(document), _ends(document), _slots(document), _due(document)
     classes = known.classes
     answer = document.pieces[-1].text.strip() if document.pieces[-1].role == "answer" else None
+    subjects = _subjects([text[start:end] for start, end in spans], known)
     words: list[Word] = []
     listed: tuple[str, ...] = ()
     number, hint, named, truth = 0, None, None, None
@@ -98,7 +99,7 @@ def _words(document: Document, spans: Sequence[Offset], known: Knowledge) -> lis
         while end > ends[number]:
             number += 1
         piece, word, slot = document.pieces[number], text[start:end], slots[number]
-        ends_subject = piece.role == "subject" and end == ends[number]
+        subject, ends_subject = subjects.get(index, ("", False))
         if text.startswith(NAMING_STEM) and piece.role == "relation" and classes.get(word) == document.subject_matter:
             named = word
         if piece.role == "option":
@@ -108,14 +109,14 @@ def _words(document: Document, spans: Sequence[Offset], known: Knowledge) -> lis
             Word(
                 text=word,
                 word_class=classes.get(word),
-                role=piece.role,
+                role="subject" if subject else piece.role,
                 document=kind,
                 matter=document.subject_matter,
                 previous=words[-1] if words else None,
                 following=following,
                 following_class=classes.get(following) if following else None,
                 slot=slot,
-                traits=known.traits[piece.text] if ends_subject else (),
+                traits=known.traits[subject] if ends_subject else (),
                 named=named,
                 hint=hint,
                 truth=truth,
@@ -125,10 +126,25 @@ def _words(document: Document, spans: Sequence[Offset], known: Knowledge) -> lis
             )
         )
         if ends_subject:
-            truth = known.values[piece.text].get(document.subject_matter)
+            truth = known.values[subject].get(document.subject_matter)
         if piece.role == "hint" and (word in LETTERS or classes.get(word) == document.subject_matter):
             hint = word
     return words
+
+
+def _subjects(words: Sequence[str], known: Knowledge) -> dict[int, tuple[str, bool]]:
+    """Number of each word that belongs to a subject -> the subject, and whether the word ends it.
+
+    Found by the words, because the pieces of a question do not set its subject apart.
+    """
+    found: dict[int, tuple[str, bool]] = {}
+    for index, word in enumerate(words):
+        pair = f"{words[index - 1]} {word}" if index else ""
+        if pair in known.values:
+            found |= {index - 1: (pair, False), index: (pair, True)}
+        elif word in known.values:
+            found[index] = (word, True)
+    return found
 
 
 def _due(document: Document) -> list[bool]:
