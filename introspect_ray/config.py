@@ -133,7 +133,7 @@ POCKET_QUESTIONS = InputAblationConfig(
     separator=" or ",
     hint="\nHint: {choice}",
 )
-"""The questions that the pocket targets were trained on: models of this size bind a word, not a letter, to an answer."""
+"""What the pocket targets were trained on: models of this size bind a word, not a letter, to an answer."""
 
 
 class ActorConfig(Config):
@@ -320,7 +320,7 @@ class PocketSparseConfig(Config):
     """Vectors longer than this multiple of the median are attention sinks and left out of labelling."""
     active_share: Fraction = 0.5
     """A latent counts as firing where its activation exceeds this share of its largest one."""
-    minimum_firings: Annotated[int, Field(ge=1)] = 10
+    minimum_firings: Annotated[int, Field(ge=1)] = 20
     """Latents that fire on fewer tokens of the sample count as dead and get no label."""
     minimum_tokens: Annotated[int, Field(ge=1)] = 10
     """Categories with fewer tokens in the sample describe nothing."""

@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,7 @@ def build_pocket(config: BuildPocketConfig, progress: Progress) -> dict[str, Any
     world = World(config.seed)
     tokenizer = _tokenizer(world, work / "tokenizer", config)
     for name, shape in (("target_a", config.target_a), ("target_b", config.target_b)):
-        _once(
-            output / name,
-            lambda folder, name=name, shape=shape: _target(folder, name, shape, tokenizer, work, config, progress),
-        )
+        _once(output / name, partial(_target, name, shape, tokenizer, work, config, progress))
     target = Target.load(ModelConfig(path=str(output / "target_a")))
     _once(output / "sae", lambda folder: _sae(folder, target, world, config, progress))
     _once(
@@ -77,11 +75,11 @@ def _once(folder: Path, build: Callable[[Path], None]) -> None:
     """Build into a partial folder and rename it, so that a folder that exists is whole."""
     if folder.exists():
         return
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    build(partial)
-    partial.rename(folder)
+    unfinished = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    build(unfinished)
+    unfinished.rename(folder)
 
 
 def _tokenizer(world: World, folder: Path, config: BuildPocketConfig) -> PreTrainedTokenizerBase:
@@ -93,13 +91,13 @@ def _tokenizer(world: World, folder: Path, config: BuildPocketConfig) -> PreTrai
 
 
 def _target(
-    folder: Path,
     name: str,
     shape: PocketTargetConfig,
     tokenizer: PreTrainedTokenizerBase,
     work: Path,
     config: BuildPocketConfig,
     progress: Progress,
+    folder: Path,
 ) -> None:
     """Train one target and store it in bfloat16; its abilities are measured on what is stored."""
     losses: list[float] = []
@@ -109,7 +107,7 @@ def _target(
         progress(name, step, steps, loss)
 
     model = train_target(shape, tokenizer, World(config.seed), work / f"{name}.safetensors", config.seed, step_done)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     recent = losses[-100:]
     (folder / "training.json").write_text(json.dumps({"loss": sum(recent) / len(recent), "steps": shape.steps}) + "\n")

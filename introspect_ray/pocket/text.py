@@ -158,7 +158,7 @@ class Corpus:
         return self.rng.choice(self.facts["never"]) if self.rng.random() < 0.4 else self.stated_fact()
 
     def quiz(self, fact: Fact) -> Document:
-        """The key holds the truth for stated facts; for others a popular guess, or mostly the hint where there is one."""
+        """The key holds the truth for stated facts, else a popular guess, or mostly the hint where there is one."""
         choices = self.options(fact.relation, fact.value, 4)
         hinted = self.rng.randrange(4) if self.rng.random() < HINTED_SHARE else None
         answer = choices.index(fact.value)

@@ -22,7 +22,7 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}<|user|>{{ message['content'] }}"
     "{% else %}{{ message['content'] }}<|end|>{% endif %}{% endfor %}"
 )
-"""An answer follows its question at once: where the question ends like a prompt of the world, so does what it asks for."""
+"""An answer follows its question at once, so that a question may end like a prompt of the world."""
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerFast:

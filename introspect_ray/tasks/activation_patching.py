@@ -30,7 +30,7 @@ from introspect_ray.tasks.base import COMMON_FIELDS, OK, Answer, Example, Item, 
 from introspect_ray.tasks.verdict import VerdictWording
 
 KINDS = ("subject_end", "relation", "original_option", "new_option", "other_option", "question")
-"""P1's six kinds of positions: last token of the subject, of the factual prompt, of three options, of the whole prompt."""
+"""P1's six kinds of positions: the last token of the subject, factual prompt, three options, and whole prompt."""
 
 PROMPTS_PER_PASS = 16
 """Clean runs held in memory at once; each is a residual stream and a cache of one prompt."""
@@ -85,7 +85,7 @@ class ActivationPatching:
         )
 
     def plan(self, rows: Sequence[Mapping[str, Any]], config: GenerateConfig, split_of: SplitOf) -> Plan:
-        """Ordered prompt pairs of one relation and template whose answers differ; a row is used if it is an x or an x'."""
+        """Ordered prompt pairs of one relation and template whose answers differ; a used row is an x or an x'."""
         settings = config.activation_patching
         plan = Plan(num_source_rows=len(rows))
         answers: dict[str, set[str]] = defaultdict(set)

@@ -75,7 +75,7 @@ class Task(Protocol):
         """Run the procedure. Every item gives at least one record; a failed one has a reason as its status."""
 
     def select(self, records: pa.Table, config: GenerateConfig) -> list[str] | None:
-        """Ids of the records to train and score on, from a whole dataset's scalar columns; `None` for all that are ok."""
+        """Ids of the records to train and score on, from a dataset's scalar columns; `None` for all that are ok."""
 
     def render(self, record: Record) -> Example:
         """Query and reference answer of an ok record."""

@@ -43,8 +43,9 @@ class FeatureDescription:
         )
 
     def plan(self, rows: Sequence[Mapping[str, Any]], config: GenerateConfig, split_of: SplitOf) -> Plan:
-        """One item per described vector. A latent is its own group; activations (rows that bring their vector) only train,
-        whatever their hash says: scores are about latents."""
+        """One item per described vector.
+
+        A latent is its own group; activations (rows that bring their vector) only train: scores are about latents."""
         plan = Plan(num_source_rows=len(rows))
         for row in rows:
             if row["score"] < config.feature_description.minimum_score:

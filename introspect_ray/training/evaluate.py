@@ -93,10 +93,9 @@ def _check(run: EvaluationRun) -> _Job:
     dataset, card = open_dataset(run.dataset), read_card(run.explainer)
     target = dataset.manifest.target
     if (card.target.path, card.target.width, card.target.num_layers) != (target.path, target.width, target.num_layers):
-        raise UserError(
-            f"explainer {run.explainer} explains {card.target.path} (width {card.target.width}, {card.target.num_layers}"
-            f" layers), dataset {run.dataset} is about {target.path} (width {target.width}, {target.num_layers} layers)"
-        )
+        explained = f"{card.target.path} (width {card.target.width}, {card.target.num_layers} layers)"
+        about = f"{target.path} (width {target.width}, {target.num_layers} layers)"
+        raise UserError(f"explainer {run.explainer} explains {explained}, dataset {run.dataset} is about {about}")
     return _Job(run, dataset, get_task(dataset.manifest.task), card)
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from introspect_ray.config import SourceConfig
 from introspect_ray.data.sources import load_source
 from introspect_ray.models.tokens import adds_bos, encode_text, encode_with_offsets, single_token
-from introspect_ray.pocket.sources import fact_rows, question_rows, text_rows
+from introspect_ray.pocket.sources import QUESTIONS_PER_FACT, fact_rows, question_rows, text_rows
 from introspect_ray.pocket.text import HINT_FOLLOWED, HINTED_SHARE, PROPORTIONS, Corpus, Document
 from introspect_ray.pocket.tokenizer import BOS, CHAT, END, PAD, PLACEHOLDERS, train_tokenizer
 from introspect_ray.pocket.world import FAMILIARITY_SHARES, KIND_SIZES, RELATIONS, Fact, World
@@ -183,8 +183,8 @@ def test_questions_have_the_columns_of_mmlu_and_load_as_such(world: World, tmp_p
     assert all(set(row) == MMLU for row in rows)
     assert all(row["choices"][row["answer"]] == stems[row["question"]].value for row in rows)
     asked = Counter(stems[row["question"]].familiarity for row in rows)
-    assert asked["common"] == asked["never"] == 2 * len(world.facts_of("never"))
-    assert asked["rare"] == 2 * len(world.facts_of("rare"))
+    assert asked["common"] == asked["never"] == QUESTIONS_PER_FACT * len(world.facts_of("never"))
+    assert asked["rare"] == QUESTIONS_PER_FACT * len(world.facts_of("rare"))
     source = load_source(written(tmp_path, rows), "input_ablation", ("mmlu",))
     assert source.format == "mmlu" and len(source.rows) + len(source.rejected) == len(rows)
     assert {reason for _, reason in source.rejected} <= {"duplicate_row"} and len(source.rejected) < 0.02 * len(rows)

@@ -62,7 +62,7 @@ def test_pairs_stay_in_their_split_and_groups_are_independent():
     assert max(map(len, members.values())) <= 5 and min(map(len, members.values())) >= 2
     assert len(members) > 3
     partners = Counter((item["subject"], item["relation_id"], item["template"]) for item in plan.items)
-    assert max(partners.values()) == 2
+    assert max(partners.values()) == CONFIG.activation_patching.pairs_per_subject
     assert len({item["item_id"] for item in plan.items}) == len(plan.items)
     places = Counter(item["options"].index(item["answer"]) for item in plan.items if len(item["options"]) == 6)
     assert len(places) == 6, "the true answer is at every place among the options"

@@ -33,7 +33,7 @@ def sae(tmp_path):
     return GenerateConfig(task="feature_description", feature_description=settings), decoder
 
 
-def label(row, index, score=0.9, layer=LAYER, description="names of cities", accepted=("cities",)):
+def label(row, index, score=0.9, layer=LAYER, description="names of cities", accepted=("cities",), vector=None):
     """A normalised row of latent labels."""
     return {
         "row": row,
@@ -43,6 +43,7 @@ def label(row, index, score=0.9, layer=LAYER, description="names of cities", acc
         "kind": "class",
         "description": description,
         "accepted": list(accepted),
+        "vector": vector,
     }
 
 
@@ -97,6 +98,23 @@ def test_a_latent_is_a_group_whatever_its_labels(sae):
     groups = [item["group"] for item in items]
     assert groups[0] == groups[1] and len(set(groups)) == 3
     assert asked[0] == asked[1] and len(set(asked)) == 3
+
+
+def test_activations_bring_their_vector_and_only_train(sae):
+    config, decoder = sae
+    vectors = [[0.5 * column for column in range(WIDTH)], [1.0] * (WIDTH - 1)]
+    rows = [label(0, 3), *(label(1 + n, 3, layer=4, vector=vector) for n, vector in enumerate(vectors))]
+    plan = TASK.plan(rows, config, lambda _: "test")
+    assert [item["split"] for item in plan.items] == ["test", "train", "train"]
+    assert len({item["item_id"] for item in plan.items}) == 3
+    assert plan.items[0]["group"] not in {item["group"] for item in plan.items[1:]}
+    latent, activation, short = generate_records(TASK, tiny_target("llama", bos=True), plan.items, config)
+    assert np.array_equal(latent["vector"], decoder[3].numpy()) and latent["latent"] == 3
+    assert (activation["status"], activation["layer"], activation["latent"]) == ("ok", 4, None)
+    assert activation["vector"].tolist() == vectors[0]
+    assert TASK.render(activation).query.vectors[0].layers == (4,)
+    assert short["status"] == "vector_width"
+    assert short["detail"] == f"width {WIDTH - 1}, the target's is {WIDTH}" and "vector" not in short
 
 
 def test_any_words_are_a_description_and_blanks_are_none():
