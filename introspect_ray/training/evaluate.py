@@ -67,9 +67,9 @@ def evaluate_explainer(config: EvaluateConfig, progress: Progress) -> Evaluation
     names = [job.task.name for job in jobs]
     if len(set(names)) < len(names):
         raise UserError(f"runs name datasets of the tasks {', '.join(names)}: expected every task once")
+    tests = [whole_groups(job.dataset.records("test"), config.max_examples) for job in jobs]
     folder = Folder(config.output)
     _claim(folder, config, jobs)
-    tests = [whole_groups(job.dataset.records("test"), config.max_examples) for job in jobs]
     tally = _Tally(
         sum(len(test) * _num_texts(job.task, config) for job, test in zip(jobs, tests, strict=True)), progress
     )
