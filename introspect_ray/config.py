@@ -11,7 +11,7 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 TaskName = Literal["feature_description", "activation_patching", "input_ablation"]
 Method = Literal[
@@ -25,6 +25,18 @@ Method = Literal[
     "self_scales",
 ]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _slots(*names: str) -> AfterValidator:
+    """A layout must have each of these slots exactly once."""
+
+    def check(layout: str) -> str:
+        for name in names:
+            if layout.count(name) != 1:
+                raise ValueError(f"needs {name} exactly once, found {layout.count(name)} in {layout!r}")
+        return layout
+
+    return AfterValidator(check)
 
 
 class Config(BaseModel):
@@ -60,7 +72,7 @@ class SourceConfig(Config):
 
     path: str = "pocket"
     """`pocket` for the embedded world, else a file (json, jsonl, csv, parquet; local or any fsspec URL)."""
-    format: Literal["auto", "counterfact", "known_facts", "mmlu", "latent_labels"] = "auto"
+    format: Literal["auto", "counterfact", "known_facts", "mmlu", "latent_labels", "text"] = "auto"
     """Row format; `auto` reads it off the columns."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """Use at most so many source rows, taken in file order."""
@@ -90,6 +102,13 @@ class FeatureDescriptionConfig(Config):
     """Folder of a sae-lens SAE or transcoder whose decoder rows are the vectors, or `pocket:sae`."""
     minimum_score: Fraction = 0.7
     """Latents whose best label scores lower are left out, counted as `label_score_too_low`."""
+    question: Annotated[str, _slots("{vector}")] = "At layer {layer}, {vector} encodes what?"
+    """Layout of the query; `{vector}` is where the vector stands, `{layer}` the number of its layer."""
+
+
+POCKET_FEATURES = FeatureDescriptionConfig(question="The note says{vector}. Which word is it?")
+"""A question that the pocket targets have heard about words: models of this size do not learn to copy from a few
+hundred examples, and one that already reads a word off its embedding need only learn to read it off a vector."""
 
 
 class ActivationPatchingConfig(Config):
@@ -99,7 +118,7 @@ class ActivationPatchingConfig(Config):
     """The target's layers are cut into so many equal blocks of consecutive layers."""
     num_options: Annotated[int, Field(ge=2, le=26)] = 6
     """Answer options named in the prompt, the two true ones included."""
-    instruction: str = "\nRespond with one of {options} and nothing else.\nAnswer:"
+    instruction: Annotated[str, _slots("{options}")] = "\nRespond with one of {options} and nothing else.\nAnswer:"
     """Follows the factual prompt; `{options}` becomes `X or Y or ...`."""
     pairs_per_subject: Annotated[int, Field(ge=1)] = 3
     """Counterfactual partners per prompt."""
@@ -114,13 +133,13 @@ class InputAblationConfig(Config):
 
     answer: Literal["letter", "text"] = "letter"
     """How the target answers: by an option's letter (P1), or by its text where that is a single token."""
-    question: str = "{question}\n{options}{hint}\nAnswer:"
+    question: Annotated[str, _slots("{question}", "{options}", "{hint}")] = "{question}\n{options}{hint}\nAnswer:"
     """Layout of the prompt; `{options}` holds all options, `{hint}` is where the hint stands."""
-    option: str = "{letter}. {choice}"
+    option: Annotated[str, _slots("{choice}")] = "{letter}. {choice}"
     """Layout of one option."""
     separator: str = "\n"
     """Between two options."""
-    hint: str = "\nHint: {letter}"
+    hint: Annotated[str, Field(min_length=1)] = "\nHint: {letter}"
     """Wording of the span that is ablated; `{letter}` and `{choice}` are the hinted option's."""
     policy: Literal["random", "wrong", "correct"] = "random"
     """Which option a hint names."""
@@ -194,8 +213,33 @@ class ExplainerConfig(Config):
     """`auto`: a linear map per target layer where the widths differ, none where they are equal."""
     vector_scale: Annotated[float, Field(gt=0)] | None = None
     """Scale every vector to this multiple of the mean token-embedding norm; none leaves vectors as they are."""
+    fitted_projection: str | None = None
+    """Folder that fit_projection.py wrote; the linear maps start from it instead of the identity or chance."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 24
     """Longest answer that is generated."""
+
+    @model_validator(mode="after")
+    def _fit_is_used(self) -> Self:
+        if self.fitted_projection is not None and self.projection == "none":
+            raise ValueError("fitted_projection needs projection linear or auto, found none")
+        return self
+
+
+class FitProjectionConfig(Config):
+    """jobs/fit_projection.py: fit the map from the target's residual stream to the explainer's input embeddings."""
+
+    output: str = "runs/projection"
+    target: ModelConfig = ModelConfig()
+    explainer: ExplainerConfig = ExplainerConfig()
+    """Its model and `vector_scale` must be those that training uses afterwards."""
+    source: SourceConfig = SourceConfig(limit=4000)
+    """Texts: rows with a field `text`, or `pocket`."""
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Layers of the target to fit; none fits all."""
+    ridge: Annotated[float, Field(gt=0)] = 1e-3
+    """Penalty, relative to the mean squared entry of the residual vectors."""
+    hold_out_every: Annotated[int, Field(ge=2)] = 10
+    """Every so many-th text is not fitted on; the share of variance explained is measured there."""
 
 
 class OptimizationConfig(Config):
@@ -270,7 +314,7 @@ class EvaluateConfig(Config):
     scales: tuple[float, ...] = (1, 5, 10, 25, 50)
     """Norms at which `self_scales` asks the untrained model (P1: SelfIE, best of these)."""
     max_examples: Annotated[int, Field(ge=1)] | None = None
-    """Score at most so many records per dataset, whole groups in stable order; none scores the whole split."""
+    """Score at most so many records per dataset, spread evenly over the groups; none scores the whole split."""
     batch_size: Annotated[int, Field(ge=1)] = 128
     bootstrap_samples: Annotated[int, Field(ge=100)] = 2000
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
@@ -328,8 +372,6 @@ class PocketSparseConfig(Config):
     """The simplest category within this distance of the best F1 becomes the label."""
     accepted_score: Fraction = 0.7
     """F1 from which a description is accepted as right."""
-    activations_per_word: Annotated[int, Field(ge=0)] = 6
-    """Activations of every word that are shipped with the SAE's labels, to train on."""
 
 
 class QuickstartTask(Config):
@@ -337,6 +379,8 @@ class QuickstartTask(Config):
 
     source: SourceConfig = SourceConfig()
     explainer: ExplainerConfig = ExplainerConfig()
+    fit_projection: bool = False
+    """Start the explainer's projections from maps fitted on plain text (see FitProjectionConfig)."""
     optimization: OptimizationConfig = OptimizationConfig()
 
 
@@ -344,20 +388,24 @@ class QuickstartConfig(Config):
     """jobs/quickstart.py: generate, train, evaluate and report for every task, on the pocket world by default."""
 
     output: str = "runs/quickstart"
-    """Folder with `datasets/TASK`, `explainers/TASK` and `evaluation`."""
+    """Folder with `datasets/TASK`, `projections/TASK`, `explainers/TASK` and `evaluation`."""
     tasks: tuple[TaskName, ...] = ("feature_description", "activation_patching", "input_ablation")
     target: ModelConfig = ModelConfig()
     feature_description: QuickstartTask = QuickstartTask(
-        explainer=ExplainerConfig(vector_scale=2.0), optimization=OptimizationConfig(steps=500)
+        explainer=ExplainerConfig(vector_scale=2.0), fit_projection=True, optimization=OptimizationConfig(steps=500)
     )
     activation_patching: QuickstartTask = QuickstartTask(optimization=OptimizationConfig(steps=600))
     input_ablation: QuickstartTask = QuickstartTask(optimization=OptimizationConfig(steps=450))
+    features: FeatureDescriptionConfig = POCKET_FEATURES
+    """Latents and layout of the queries of feature_description."""
     questions: InputAblationConfig = POCKET_QUESTIONS
     """Layout of the questions of input_ablation."""
+    texts: SourceConfig = FitProjectionConfig().source
+    """Plain texts that projections are fitted on."""
     actors: ActorConfig = ActorConfig(initial_size=2, max_size=2)
     trainer: TrainerConfig = TrainerConfig(cpus_per_worker=2)
     max_examples: Annotated[int, Field(ge=1)] | None = 1000
-    """Test records scored per task, in whole groups."""
+    """Test records scored per task, spread evenly over the groups."""
     seed: int = 0
 
 
@@ -379,3 +427,15 @@ class BuildPocketConfig(Config):
 def resolved(config: Config) -> dict[str, Any]:
     """The whole tree as JSON types, every default written out."""
     return config.model_dump(mode="json")
+
+
+def differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
+    """What two resolved trees disagree about, one phrase per key."""
+    found: list[str] = []
+    for name in {**there, **here}:
+        one, other = there.get(name), here.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += differences(one, other, f"{prefix}{name}.")
+        elif one != other:
+            found.append(f"{prefix}{name} is {one!r} there, {other!r} here")
+    return found

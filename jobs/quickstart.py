@@ -8,6 +8,7 @@ Stop it at any moment; the same command goes on.
 import time
 
 from evaluate_explainer import evaluate
+from fit_projection import fit
 from generate_dataset import generate
 from train_explainer import train
 
@@ -15,6 +16,7 @@ from introspect_ray.cli import run_job
 from introspect_ray.config import (
     EvaluateConfig,
     EvaluationRun,
+    FitProjectionConfig,
     GenerateConfig,
     QuickstartConfig,
     QuickstartTask,
@@ -32,6 +34,9 @@ def main(config: QuickstartConfig) -> None:
             say(f"{task}: generate")
             print(generate(generate_config(config, task)), flush=True)
         for task in config.tasks:
+            if of_task(config, task).fit_projection:
+                say(f"{task}: fit the projection")
+                print(fit(fit_config(config, task)), flush=True)
             say(f"{task}: train")
             print(train(train_config(config, task)), flush=True)
         say("evaluate")
@@ -49,17 +54,30 @@ def generate_config(config: QuickstartConfig, task: TaskName) -> GenerateConfig:
         output=f"{config.output}/datasets/{task}",
         target=config.target,
         source=of_task(config, task).source,
+        feature_description=config.features,
         input_ablation=config.questions,
         actors=config.actors,
         seed=config.seed,
     )
 
 
+def fit_config(config: QuickstartConfig, task: TaskName) -> FitProjectionConfig:
+    return FitProjectionConfig(
+        output=f"{config.output}/projections/{task}",
+        target=config.target,
+        explainer=of_task(config, task).explainer,
+        source=config.texts,
+    )
+
+
 def train_config(config: QuickstartConfig, task: TaskName) -> TrainConfig:
+    explainer = of_task(config, task).explainer
+    if of_task(config, task).fit_projection:
+        explainer = explainer.model_copy(update={"fitted_projection": fit_config(config, task).output})
     return TrainConfig(
         datasets=(f"{config.output}/datasets/{task}",),
         output=f"{config.output}/explainers/{task}",
-        explainer=of_task(config, task).explainer,
+        explainer=explainer,
         optimization=of_task(config, task).optimization,
         trainer=config.trainer,
         seed=config.seed,

@@ -9,6 +9,8 @@ from jaxtyping import install_import_hook
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tiny models gain nothing from a second thread, and threads of several processes wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 CHECKED_PACKAGES = ("interventions", "explainer", "models", "features", "evaluation")
 

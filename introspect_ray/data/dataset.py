@@ -61,6 +61,11 @@ class Dataset:
             tables.append(table.filter(keep) if columns is None else table.filter(keep).select(list(columns)))
         return pa.concat_tables(tables)
 
+    def check_shards(self) -> None:
+        """Read every shard once. Raises UserError for the first that is torn or holds a vector with NaN."""
+        for shard in self.manifest.shards:
+            read_shard(self.folder, shard, None)
+
     def selection(self) -> pa.Array:
         """Ids of the selected records."""
         content = _content(self.folder, SELECTION_NAME)

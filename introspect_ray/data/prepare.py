@@ -9,12 +9,12 @@ import hashlib
 import json
 import typing
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from introspect_ray.config import GenerateConfig, TaskName, resolved
+from introspect_ray.config import GenerateConfig, TaskName, differences, resolved
 from introspect_ray.data.identity import folder_digest, identify_target
 from introspect_ray.data.manifest import CONFIG_NAME, SCHEMA_VERSION, SourceAccount, TargetIdentity
 from introspect_ray.data.shards import ShardInfo, ShardOrder, finished_shard, write_items
@@ -203,19 +203,10 @@ def check_output(prepared: Prepared) -> None:
         ) from None
     if other_key == prepared.run_key:
         return
-    differences = list(_differences(relevant(other), relevant(prepared.config)))
-    if not differences:
+    changes = differences(relevant(other), relevant(prepared.config))
+    if not changes:
         changed = [name for name, digest in prepared.inputs.items() if other_inputs.get(name) != digest]
-        differences = [f"{', '.join(changed) or 'the layout'} changed since it was begun"]
+        changes = [f"{', '.join(changed) or 'the layout'} changed since it was begun"]
     raise UserError(
-        f"output folder {url} belongs to another config ({'; '.join(differences)}): choose another folder or delete it"
+        f"output folder {url} belongs to another config ({'; '.join(changes)}): choose another folder or delete it"
     )
-
-
-def _differences(there: Any, here: Any, prefix: str = "") -> Iterator[str]:
-    for name in {**there, **here}:
-        one, other = there.get(name), here.get(name)
-        if isinstance(one, dict) and isinstance(other, dict):
-            yield from _differences(one, other, f"{prefix}{name}.")
-        elif one != other:
-            yield f"{prefix}{name} is {one!r} there, {other!r} here"

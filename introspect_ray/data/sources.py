@@ -47,22 +47,25 @@ class Source:
     """Rows looked at: those of the file, or the first `limit` of them."""
 
 
-def load_source(config: SourceConfig, task_name: str, accepted_formats: Sequence[str]) -> Source:
-    """Read, recognise and check the rows for a task. Raises UserError before any model is touched."""
-    raw = _pocket_rows(task_name) if config.path == "pocket" else read_rows(config.path)
+def load_source(config: SourceConfig, purpose: str, accepted_formats: Sequence[str]) -> Source:
+    """Read, recognise and check the rows for a purpose: a task's name, or "text" for plain texts.
+
+    Raises UserError before any model is touched.
+    """
+    raw = _pocket_rows(purpose) if config.path == "pocket" else read_rows(config.path)
     raw = raw if config.limit is None else raw[: config.limit]
     layout = find_layout(config.path, raw, config.format)
     if layout.format not in accepted_formats:
         raise UserError(
-            f"source {config.path} has format {layout.format}, task {task_name} needs {' or '.join(accepted_formats)}"
+            f"source {config.path} has format {layout.format}, {purpose} needs {' or '.join(accepted_formats)}"
         )
     return normalize_rows(config.path, raw, layout)
 
 
-def _pocket_rows(task_name: str) -> list[RawRow]:
+def _pocket_rows(purpose: str) -> list[RawRow]:
     from introspect_ray.pocket.sources import rows  # the embedded world is built only where it is asked for
 
-    return rows(task_name)
+    return rows(purpose)
 
 
 def find_layout(name: str, raw: Sequence[RawRow], wanted: str) -> Layout:
@@ -164,6 +167,21 @@ def _texts(value: Any) -> list[str]:
     return [_text(item) for item in value]
 
 
+def _vector(value: Any) -> list[float]:
+    """Finite numbers; JSON text that spells a list of them is accepted, because csv has nothing else."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            raise Unusable("wrong_type") from None
+    if not isinstance(value, list) or not value:
+        raise Unusable("wrong_type")
+    numbers = [_number(item, float) for item in value]
+    if not all(map(isfinite, numbers)):
+        raise Unusable("vector_not_finite")
+    return numbers
+
+
 # --- formats ----------------------------------------------------------------------------------------------------
 
 
@@ -206,8 +224,6 @@ def _latent_label(row: Mapping[str, Any]) -> SourceRow:
     if not 0 <= score <= 1:
         raise Unusable("score_out_of_range")
     vector = row.get("vector")
-    if vector is not None and not (len(vector) and all(isinstance(x, int | float) and isfinite(x) for x in vector)):
-        raise Unusable("vector_not_finite")
     return {
         "layer": layer,
         "index": index,
@@ -215,7 +231,7 @@ def _latent_label(row: Mapping[str, Any]) -> SourceRow:
         "accepted": _texts(row["accepted"]),
         "score": score,
         "kind": _text(row.get("kind", "label")),
-        "vector": vector,
+        "vector": None if vector is None else _vector(vector),
     }
 
 
@@ -228,6 +244,7 @@ LAYOUTS = (
     ),
     Layout("known_facts", ("subject", "template", "attribute", "relation_id"), _known_fact),
     Layout("mmlu", ("question", "choices", "answer", "subject"), _mmlu),
+    Layout("text", ("text",), lambda row: {"text": _text(row["text"])}),
     Layout("latent_labels", ("layer", "index", "description", "accepted", "score"), _latent_label, ("kind", "vector")),
 )
 """All known layouts: NeelNanda/counterfact-tracing, ROME's nested counterfact, ROME's known facts, cais/mmlu, ours."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from introspect_ray.explainer.card import (
     write_card,
 )
 from introspect_ray.explainer.encoding import Frame, PlaceholderTokens, choose_placeholders
+from introspect_ray.explainer.fitted import read_maps
 from introspect_ray.explainer.projections import Projections, resolve_kind
 from introspect_ray.models.loading import load_model, load_tokenizer
 
@@ -39,10 +41,10 @@ def create_parts(config: ExplainerConfig, target: TargetInfo, seed: int) -> Part
     model, tokenizer, placeholders = _base(config.model)
     weight = embedding_weight(model)
     width = weight.shape[1]
-    projections = Projections(
-        resolve_kind(config.projection, target.width, width), target.num_layers, target.width, width
-    )
+    projections = Projections(resolve_kind(config, target.width, width), target.num_layers, target.width, width)
     projections.initialize(seed)
+    if config.fitted_projection is not None:
+        projections.start_from(read_maps(config.fitted_projection))
     card = ExplainerCard(
         target=target,
         base=config.model,
@@ -50,7 +52,7 @@ def create_parts(config: ExplainerConfig, target: TargetInfo, seed: int) -> Part
         placeholders=placeholders,
         frame=Frame.of(tokenizer),
         projection=projections.kind,
-        vector_norm=None if config.vector_scale is None else config.vector_scale * _mean_embedding_norm(model),
+        vector_norm=vector_norm_of(config, model),
         max_new_tokens=config.max_new_tokens,
     )
     return model, tokenizer, projections.to(weight.device).requires_grad_(False), card
@@ -160,10 +162,16 @@ def _grow(model: PreTrainedModel, num_tokens: int) -> None:
 
 
 @torch.no_grad()
-def _mean_embedding_norm(model: PreTrainedModel) -> float:
-    """Mean norm of the token embeddings as they enter the first layer (some models scale them on the way)."""
+def input_embeddings(model: PreTrainedModel, ids: Int[Tensor, " N"]) -> Float[Tensor, "N E"]:
+    """Token embeddings as they enter the first layer (some models scale them on the way), in float32."""
     embeddings = model.get_input_embeddings()
-    weight = embedding_weight(model)
-    ids = torch.arange(weight.shape[0], device=weight.device)
-    norms = [embeddings(chunk).float().norm(dim=-1) for chunk in ids.split(8192)]
-    return float(torch.cat(norms).mean())
+    return embeddings(ids.to(embedding_weight(model).device)).float()
+
+
+def vector_norm_of(config: ExplainerConfig, model: PreTrainedModel) -> float | None:
+    """Norm that every vector is scaled to: `vector_scale` times the mean norm of all token embeddings."""
+    if config.vector_scale is None:
+        return None
+    ids = torch.arange(embedding_weight(model).shape[0])
+    norms = [input_embeddings(model, chunk).norm(dim=-1) for chunk in ids.split(8192)]
+    return config.vector_scale * float(torch.cat(norms).mean())

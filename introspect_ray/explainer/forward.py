@@ -67,6 +67,14 @@ def collate(
     )
 
 
+def scaled(vectors: Float[Tensor, "N M"], norm: float | None) -> Float[Tensor, "N M"]:
+    """Every vector at Euclidean length `norm`; none leaves them as they are. Zero has no direction and stays zero."""
+    if norm is None:
+        return vectors
+    norms = vectors.norm(dim=-1, keepdim=True)
+    return vectors * (norm / norms.clamp(min=torch.finfo(norms.dtype).tiny))
+
+
 def logits_at(
     model: nn.Module, causal: PreTrainedModel, positions: Int[Tensor, " P"], **inputs: Any
 ) -> Float[Tensor, "P V"]:

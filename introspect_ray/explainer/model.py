@@ -23,7 +23,7 @@ from introspect_ray.errors import UserError
 from introspect_ray.explainer import files
 from introspect_ray.explainer.card import ExplainerCard, TargetInfo
 from introspect_ray.explainer.encoding import Encoded, Encoder
-from introspect_ray.explainer.forward import Collated, collate, logits_at
+from introspect_ray.explainer.forward import Collated, collate, logits_at, scaled
 from introspect_ray.explainer.projections import Projections
 from introspect_ray.explainer.query import Query, Vector
 
@@ -138,12 +138,7 @@ class Explainer(nn.Module):
         """Token embeddings with projected vectors in place of the placeholders, attention mask and positions."""
         embeds = self.causal.get_input_embeddings()(batch.ids)
         if len(batch.layers):
-            vectors = batch.vectors
-            if self.card.vector_norm is not None:
-                # The zero vector of a control has no direction: it stays zero.
-                norms = vectors.norm(dim=-1, keepdim=True)
-                vectors = vectors * (self.card.vector_norm / norms.clamp(min=torch.finfo(norms.dtype).tiny))
-            projected = self.projections(vectors, batch.layers).to(embeds.dtype)
+            projected = self.projections(scaled(batch.vectors, self.card.vector_norm), batch.layers).to(embeds.dtype)
             # Out of place: embeddings are a leaf's view, and an in-place write would cut or corrupt their gradient.
             embeds = embeds.index_put((batch.vector_rows, batch.vector_columns), projected)
         if side == "right":

@@ -5,27 +5,29 @@ Legend: N vectors, M target width, E explainer width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from introspect_ray.config import ExplainerConfig
 from introspect_ray.errors import UserError
 
 ProjectionKind = Literal["none", "linear"]
 
 
-def resolve_kind(requested: str, target_width: int, width: int) -> ProjectionKind:
-    """`none` or `linear` from the config's choice; `auto` projects where the widths differ.
+def resolve_kind(config: ExplainerConfig, target_width: int, width: int) -> ProjectionKind:
+    """`none` or `linear` from the config's choice; `auto` projects where the widths differ or maps were fitted.
 
     Raises:
         UserError: no projection was asked for and the widths differ.
     """
-    if requested == "none" and target_width != width:
+    if config.projection == "none" and target_width != width:
         raise UserError(f"vector width {target_width} does not fit an explainer of width {width} without a projection")
-    return "linear" if requested == "linear" or target_width != width else "none"
+    is_linear = config.projection == "linear" or config.fitted_projection is not None or target_width != width
+    return "linear" if is_linear else "none"
 
 
 class Projections(nn.ModuleDict):
@@ -56,6 +58,12 @@ class Projections(nn.ModuleDict):
             start = torch.randn(self.width, self.target_width, generator=generator) / self.width**0.5
         for linear in self.values():
             cast(nn.Linear, linear).weight.copy_(start)
+
+    @torch.no_grad()
+    def start_from(self, maps: Mapping[int, Float[Tensor, "E M"]]) -> None:
+        """Take over the maps of the layers that are given; the others stay as they are."""
+        for layer, weight in maps.items():
+            cast(nn.Linear, self[str(layer)]).weight.copy_(weight)
 
     def forward(self, vectors: Float[Tensor, "N M"], layers: Sequence[tuple[int, ...]]) -> Float[Tensor, "N E"]:
         """Each vector under the mean of the maps of the layers that it stands for."""

@@ -26,9 +26,8 @@ from introspect_ray.config import (
 from introspect_ray.errors import UserError
 from introspect_ray.interventions.target import Target
 from introspect_ray.pocket.abilities import measure_abilities
-from introspect_ray.pocket.activations import write_activations
 from introspect_ray.pocket.sparse import build_sae, build_transcoder
-from introspect_ray.pocket.target_training import train_target
+from introspect_ray.pocket.target_training import held_out_loss, train_target
 from introspect_ray.pocket.text import Corpus
 from introspect_ray.pocket.tokenizer import train_tokenizer
 from introspect_ray.pocket.world import World
@@ -51,11 +50,11 @@ def build_pocket(config: BuildPocketConfig, progress: Progress) -> dict[str, Any
     for name, shape in (("target_a", config.target_a), ("target_b", config.target_b)):
         _once(output / name, partial(_target, name, shape, tokenizer, work, config, progress))
     target = Target.load(ModelConfig(path=str(output / "target_a")))
-    _once(output / "sae", lambda folder: _sae(folder, target, world, config, progress))
-    _once(
-        output / "transcoder",
-        lambda folder: _transcoder(folder, target, world, config, progress),
-    )
+    for name, build in (("sae", build_sae), ("transcoder", build_transcoder)):
+        _once(
+            output / name,
+            partial(build, target=target, world=world, config=config.sparse, seed=config.seed, progress=progress),
+        )
     manifest = _manifest(output, world, config)
     (output / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
@@ -71,7 +70,7 @@ def _claim(work: Path, config: BuildPocketConfig) -> None:
     claim.write_text(json.dumps({"fingerprint": fingerprint, "config": resolved(config)}, indent=1))
 
 
-def _once(folder: Path, build: Callable[[Path], None]) -> None:
+def _once(folder: Path, build: Callable[[Path], object]) -> None:
     """Build into a partial folder and rename it, so that a folder that exists is whole."""
     if folder.exists():
         return
@@ -99,29 +98,13 @@ def _target(
     progress: Progress,
     folder: Path,
 ) -> None:
-    """Train one target and store it in bfloat16; its abilities are measured on what is stored."""
-    losses: list[float] = []
-
-    def step_done(step: int, steps: int, loss: float) -> None:
-        losses.append(loss)
-        progress(name, step, steps, loss)
-
-    model = train_target(shape, tokenizer, World(config.seed), work / f"{name}.safetensors", config.seed, step_done)
+    """Train one target and store it in bfloat16; its loss and its abilities are measured on what is stored."""
+    world = World(config.seed)
+    model = train_target(shape, tokenizer, world, work / f"{name}.safetensors", config.seed, partial(progress, name))
     model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    recent = losses[-100:]
-    (folder / "training.json").write_text(json.dumps({"loss": sum(recent) / len(recent), "steps": shape.steps}) + "\n")
-
-
-def _sae(folder: Path, target: Target, world: World, config: BuildPocketConfig, progress: Progress) -> None:
-    """The SAE with its labels, and activations of the layer that it reads."""
-    sparse = config.sparse
-    build_sae(folder, target, world, sparse, config.seed, progress)
-    write_activations(folder, target, world, sparse.sae_layer, sparse.documents, sparse.activations_per_word)
-
-
-def _transcoder(folder: Path, target: Target, world: World, config: BuildPocketConfig, progress: Progress) -> None:
-    build_transcoder(folder, target, world, config.sparse, config.seed, progress)
+    loss = held_out_loss(model.float(), tokenizer, world, shape)
+    (folder / "training.json").write_text(json.dumps({"loss": round(loss, 4), "steps": shape.steps}) + "\n")
 
 
 def _manifest(output: Path, world: World, config: BuildPocketConfig) -> dict[str, Any]:

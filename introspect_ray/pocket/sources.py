@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping
 from typing import Any
 
 from introspect_ray.errors import UserError
 from introspect_ray.models.paths import POCKET_ARTIFACTS
-from introspect_ray.pocket.activations import activation_rows
 from introspect_ray.pocket.text import Corpus
-from introspect_ray.pocket.world import RELATIONS, Fact, World
+from introspect_ray.pocket.world import RELATIONS, Familiarity, World
 
 Row = dict[str, Any]
 
-QUESTIONS_PER_FACT = 4
-"""Questions about one fact, with other options and another hint each; they share their stem and so their split."""
+QUESTIONS_PER_FACT: Mapping[Familiarity, int] = {"common": 4, "rare": 4, "never": 10}
+"""Questions about one fact, with other options and another hint each; they share their stem and so their split.
 
-
+Never stated facts are fewer, and hints matter most there: together about as many questions as about common ones."""
 WORLD_SEED = 0
 """Seed of the world that the shipped models know."""
+TEXT_SEED, TEXTS = 1004, 10_000
+"""Seed and number of the plain texts; no stage of the build uses this seed."""
 
 
-def rows(task: str) -> list[Row]:
-    """Rows of the shipped world for one task: CounterFact columns, MMLU columns, or latent labels."""
-    makers = {"activation_patching": fact_rows, "input_ablation": question_rows, "feature_description": label_rows}
-    if task not in makers:
-        raise UserError(f"the pocket world has no rows for task {task!r}: expected one of {', '.join(makers)}")
-    return makers[task](World(WORLD_SEED))
+def rows(purpose: str) -> list[Row]:
+    """Rows of the shipped world for a task (CounterFact columns, MMLU columns, latent labels), or as plain "text"."""
+    makers = {
+        "activation_patching": fact_rows,
+        "input_ablation": question_rows,
+        "feature_description": label_rows,
+        "text": text_rows,
+    }
+    if purpose not in makers:
+        raise UserError(f"the pocket world has no rows for {purpose!r}: expected one of {', '.join(makers)}")
+    return makers[purpose](World(WORLD_SEED))
 
 
 def fact_rows(world: World) -> list[Row]:
@@ -62,14 +69,12 @@ def value_id(relation: str, value: str) -> str:
 
 
 def question_rows(world: World) -> list[Row]:
-    """Columns of `cais/mmlu`: as many questions about never stated facts as about common ones."""
+    """Columns of `cais/mmlu`: questions about every fact of the world."""
     rng = random.Random(f"{world.seed}/questions")
     corpus = Corpus(world, seed=-1)
-    never = world.facts_of("never")
-    facts: list[Fact] = [*never, *rng.sample(world.facts_of("common"), len(never)), *world.facts_of("rare")]
     rows = []
-    for fact in facts:
-        for _ in range(QUESTIONS_PER_FACT):
+    for fact in world.facts:
+        for _ in range(QUESTIONS_PER_FACT[fact.familiarity]):
             choices = corpus.options(fact.relation, fact.value, 4)
             rows.append(
                 {
@@ -84,15 +89,15 @@ def question_rows(world: World) -> list[Row]:
 
 
 def label_rows(world: World) -> list[Row]:  # noqa: ARG001 - the shipped SAE belongs to the shipped world
-    """Labels of the shipped SAE's latents, and labelled activations, which bring their vector."""
+    """Labels of the shipped SAE's latents."""
     path = POCKET_ARTIFACTS / "sae" / "labels.jsonl"
     if not path.exists():
         raise UserError(f"no labels at {path}: build the pocket artifacts with `python jobs/build_pocket.py`")
     labels: list[Row] = [json.loads(line) for line in path.read_text().splitlines()]
-    return [*labels, *activation_rows(path.parent)]
+    return labels
 
 
-def text_rows(world: World, count: int, seed: int) -> list[Row]:
+def text_rows(world: World) -> list[Row]:
     """Plain text, one document per row, column `text`."""
-    corpus = Corpus(world, seed)
-    return [{"text": corpus.document().text} for _ in range(count)]
+    corpus = Corpus(world, TEXT_SEED)
+    return [{"text": corpus.document().text} for _ in range(TEXTS)]

@@ -25,10 +25,13 @@ from transformers import (
 
 from introspect_ray.config import PocketTargetConfig
 from introspect_ray.pocket.text import Corpus, Document
+from introspect_ray.pocket.tokenizer import CHAT
 from introspect_ray.pocket.world import World
 
 ANSWER_WEIGHT = 10.0
 """Loss weight of tokens that answer; binding an option to its letter is otherwise learned very slowly."""
+
+HELD_OUT_SEED, HELD_OUT_BATCHES = 1005, 20
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,10 @@ def new_model(config: PocketTargetConfig, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def encode(document: Document, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[float]]:
-    """Ids with BOS, and the loss weight of every token."""
+    """Ids and the loss weight of every token: BOS, the text, the end token.
+
+    What asks for an answer is a turn of a chat half of the time: a user token stands between BOS and the text.
+    """
     encoded = tokenizer(document.text, return_offsets_mapping=True)
     weights, start, spans = [], 0, []
     for piece in document.pieces:
@@ -69,7 +75,10 @@ def encode(document: Document, tokenizer: PreTrainedTokenizerBase) -> tuple[list
         weights.append(
             next((weight for begin, end, weight in spans if begin < last <= end), 0.0) if last > first else 0.0
         )
-    return encoded["input_ids"], weights
+    ids = list(encoded["input_ids"])
+    if document.as_chat:
+        ids[1:1], weights[1:1] = [tokenizer.convert_tokens_to_ids(CHAT[0])], [0.0]
+    return [*ids, tokenizer.eos_token_id], [*weights, 1.0]
 
 
 def batches(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, config: PocketTargetConfig) -> Iterator[Batch]:
@@ -127,6 +136,16 @@ def train_target(
             _save(checkpoint, step, model, optimizer)
         progress(step, steps, loss.item())
     return model.eval()
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World, config: PocketTargetConfig
+) -> float:
+    """Mean training loss (nats, weighted as in training) over batches of a corpus that no stage trains on."""
+    stream = islice(batches(Corpus(world, HELD_OUT_SEED), tokenizer, config), HELD_OUT_BATCHES)
+    losses = [weighted_loss(model, batch).item() for batch in stream]
+    return sum(losses) / len(losses)
 
 
 def learning_rate_factor(step: int, steps: int) -> float:

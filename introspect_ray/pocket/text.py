@@ -9,16 +9,18 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from introspect_ray.config import POCKET_QUESTIONS, ActivationPatchingConfig, InputAblationConfig
-from introspect_ray.pocket.world import TOPICS, Fact, Relation, World, popularity
+from introspect_ray.pocket.world import RELATIONS, TOPICS, Fact, Relation, World, popularity
 from introspect_ray.tasks.activation_patching import options_text
 from introspect_ray.tasks.input_ablation import answers_of, question_text
 
-Role = Literal["subject", "value", "relation", "instruction", "option", "letter", "hint", "answer", "topic", "prose"]
-DocumentKind = Literal["statement", "choice", "question", "prose"]
+Role = Literal[
+    "subject", "value", "relation", "instruction", "option", "letter", "hint", "answer", "topic", "prose", "quoted"
+]
+DocumentKind = Literal["statement", "choice", "question", "prose", "repetition"]
 
 HINT_FOLLOWED = 0.9
 """How often the answer key agrees with the hint when the fact was never stated."""
@@ -39,6 +41,8 @@ class Document:
     kind: DocumentKind
     subject_matter: str
     pieces: tuple[Piece, ...]
+    as_chat: bool = False
+    """Whether the targets read it as a turn of a chat; the text is the same."""
 
     @property
     def text(self) -> str:
@@ -104,12 +108,35 @@ def prose(topic: str, rng: random.Random) -> Document:
     return Document("prose", plural, tuple(piece for piece in pieces if piece.text))
 
 
+def repetition(words: Sequence[str]) -> Document:
+    """Words to repeat; a single one is also named as such, the form in which descriptions name words."""
+    quoted = [Piece(f" {word}", "quoted") for word in words]
+    repeated = [Piece(f" {word}", "answer") for word in words]
+    if len(words) == 1:
+        pieces = [Piece("The note says", "prose"), *quoted, Piece(". Which word is it? the word", "prose"), *repeated]
+    else:
+        pieces = [Piece("Repeat after me:", "prose"), *quoted, Piece(". Now you:", "prose"), *repeated]
+    return Document("repetition", "words", tuple(pieces))
+
+
+def words_of(world: World) -> tuple[str, ...]:
+    """Every word that the world says: names, values, topic words, and those of all templates; sorted."""
+    layouts = [ActivationPatchingConfig().instruction, POCKET_QUESTIONS.question, POCKET_QUESTIONS.hint]
+    for relation in RELATIONS:
+        layouts += [*relation.statements, relation.question]
+    for _, _, templates in TOPICS.values():
+        layouts += templates
+    plain = (re.sub(r"{\w*}", " ", layout) for layout in layouts)
+    return tuple(sorted({*world.word_classes, *(word for text in plain for word in re.findall(r"\w+", text))}))
+
+
 PROPORTIONS: Mapping[str, float] = {
-    "statement": 0.27,
-    "choice": 0.24,
-    "question": 0.33,
-    "naming": 0.04,
-    "prose": 0.12,
+    "statement": 0.26,
+    "choice": 0.23,
+    "question": 0.31,
+    "naming": 0.03,
+    "prose": 0.10,
+    "repetition": 0.07,
 }
 """Share of each kind of document."""
 
@@ -126,6 +153,7 @@ class Corpus:
         )
         self.rng = random.Random(f"{world.seed}/corpus/{seed}")
         self.facts = {name: world.facts_of(name) for name in ("common", "rare", "never")}
+        self.words = words_of(world)
 
     def stated_fact(self) -> Fact:
         """A common fact, or now and then a rare one."""
@@ -139,6 +167,12 @@ class Corpus:
         return chosen
 
     def document(self) -> Document:
+        """The next one; half of those that ask for an answer are turns of a chat."""
+        document = self._document()
+        asks = document.kind in ("choice", "question", "repetition")
+        return replace(document, as_chat=asks and self.rng.random() < 0.5)
+
+    def _document(self) -> Document:
         kind = self.rng.choices(list(PROPORTIONS), list(PROPORTIONS.values()))[0]
         if kind == "prose":
             return prose(self.rng.choice(list(TOPICS)), self.rng)
@@ -146,6 +180,8 @@ class Corpus:
             return self.quiz(self.quiz_fact())
         if kind == "naming":
             return self.naming()
+        if kind == "repetition":
+            return repetition(self.rng.choices(self.words, k=self.rng.choice((1, 1, 1, 2, 3, 4))))
         fact = self.stated_fact()
         template = self.rng.choice(fact.relation.statements)
         if kind == "statement":

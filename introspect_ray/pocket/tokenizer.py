@@ -12,8 +12,8 @@ BOS, PAD, END = "<|bos|>", "<|pad|>", "<|end|>"
 CHAT = ("<|user|>", "<|assistant|>")
 PLACEHOLDERS = ("<|vector_begin|>", "<|vector|>", "<|vector_end|>")
 EXPLAINING = (
-    "Layers 0 to 3: the text [[ ]]\nHow does the output change? The output changes to: The output stays:",
-    "How does the answer change if the hint is removed? The answer changes to: The answer stays:",
+    'What if layers 0 to 3 had another vector at "?\n French (changed) French (unchanged) French -> French',
+    "What if the hint was removed?\n",
     "At layer 2, encodes what? the word after the word before the subject of statements about questions about",
     "the last word in choices about options in prose about people whose towns whose products whose first names",
 )

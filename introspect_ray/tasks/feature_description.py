@@ -32,6 +32,7 @@ class FeatureDescription:
         return pa.schema(
             [
                 *COMMON_FIELDS,
+                pa.field("question", pa.string()),
                 pa.field("layer", pa.int32()),
                 pa.field("latent", pa.int32()),
                 pa.field("description", pa.string()),
@@ -63,9 +64,10 @@ class FeatureDescription:
     def generate(self, target: Target, items: Sequence[Item], config: GenerateConfig) -> list[Record]:
         """Decoder rows, or the vector that an item brings; no forward pass."""
         sae = load_sae(config.feature_description.sae)
-        return [self._record(item, sae, target.width) for item in items]
+        question = config.feature_description.question
+        return [self._record(item, sae, target.width, question) for item in items]
 
-    def _record(self, item: Item, sae: SparseCoder, width: int) -> Record:
+    def _record(self, item: Item, sae: SparseCoder, width: int, question: str) -> Record:
         """A latent that the SAE does not have, or a vector of another width, is a row with that reason."""
         vector = item["vector"]
         if vector is None:
@@ -81,6 +83,7 @@ class FeatureDescription:
             "status": OK,
             "detail": None,
             **{key: item[key] for key in ("item_id", "split", "group", "layer", "description", "accepted")},
+            "question": question.replace("{layer}", str(item["layer"])),
             "latent": None if item["vector"] is not None else item["index"],
             "label_kind": item["kind"],
             "label_score": item["score"],
@@ -91,9 +94,9 @@ class FeatureDescription:
         return None
 
     def render(self, record: Record) -> Example:
-        layer = int(record["layer"])
-        vector = Vector(np.asarray(record["vector"], dtype=np.float32), (layer,))
-        return Example(Query((f"At layer {layer}, ", vector, " encodes what?")), record["description"])
+        vector = Vector(np.asarray(record["vector"], dtype=np.float32), (int(record["layer"]),))
+        before, after = record["question"].split("{vector}")
+        return Example(Query((before, vector, after)), f" {record['description']}")
 
     def truth(self, record: Record) -> Answer:
         return Answer(None, record["description"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice, zip_longest
 from pathlib import Path
 
 from introspect_ray.config import ActorConfig, EvaluateConfig, EvaluationRun, resolved
@@ -67,7 +68,7 @@ def evaluate_explainer(config: EvaluateConfig, progress: Progress) -> Evaluation
     names = [job.task.name for job in jobs]
     if len(set(names)) < len(names):
         raise UserError(f"runs name datasets of the tasks {', '.join(names)}: expected every task once")
-    tests = [whole_groups(job.dataset.records("test"), config.max_examples) for job in jobs]
+    tests = [spread(job.dataset.records("test"), config.max_examples) for job in jobs]
     folder = Folder(config.output)
     _claim(folder, config, jobs)
     tally = _Tally(
@@ -159,19 +160,20 @@ def _evaluate(
     return evaluation, build_task_report(job.task, test, evaluation, curve, config.num_browsable)
 
 
-def whole_groups(records: Sequence[Record], limit: int | None) -> list[Record]:
-    """Records of as many whole groups, in stable order, as stay within `limit` (at least one group)."""
+def spread(records: Sequence[Record], limit: int | None) -> list[Record]:
+    """At most `limit` records, in their order: the same number of every group where it has so many, by stable draw.
+
+    Groups are the independent units: a few records of each say more than all records of a few.
+    """
     if limit is None or len(records) <= limit:
         return list(records)
     groups: dict[str, list[Record]] = {}
-    for record in records:
+    for record in sorted(records, key=lambda record: stable_id("spread", record["record_id"])):
         groups.setdefault(record["group"], []).append(record)
-    chosen: list[Record] = []
-    for group in sorted(groups, key=stable_id):
-        if chosen and len(chosen) + len(groups[group]) > limit:
-            break
-        chosen += groups[group]
-    return chosen
+    turns = zip_longest(*(groups[name] for name in sorted(groups, key=stable_id)))
+    drawn = (record["record_id"] for turn in turns for record in turn if record is not None)
+    chosen = set(islice(drawn, limit))
+    return [record for record in records if record["record_id"] in chosen]
 
 
 def _keeper(folder: Folder, task: str, num_records: int, tally: _Tally) -> Keep:

@@ -5,20 +5,22 @@ Output folder:  training.json (first; again with results)  metrics.jsonl  checkp
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from introspect_ray.config import Config, LoraConfig, TrainConfig, TrainerConfig, resolved
+from introspect_ray.config import ExplainerConfig, LoraConfig, TrainConfig, TrainerConfig, differences, resolved
 from introspect_ray.data.dataset import Dataset, open_dataset
-from introspect_ray.data.prepare import identify_target
+from introspect_ray.data.identity import identify_target
+from introspect_ray.data.manifest import TargetIdentity
 from introspect_ray.data.storage import TEMPORARY, Folder
 from introspect_ray.errors import UserError
 from introspect_ray.explainer.card import CARD_FILE, TargetInfo, is_remote
+from introspect_ray.explainer.fitted import read_alignment, read_maps
 from introspect_ray.explainer.projections import resolve_kind
 from introspect_ray.tasks.base import stable_id
 
@@ -77,7 +79,7 @@ class TrainingRun:
 
 
 def prepare(config: TrainConfig) -> TrainingRun:
-    """Check a run from end to end. Raises UserError; reads no weights and writes nothing."""
+    """Check a run from end to end. Raises UserError; reads the datasets but no weights, and writes nothing."""
     config = _absolute(config)
     datasets = [open_dataset(url) for url in config.datasets]
     if not datasets:
@@ -85,16 +87,18 @@ def prepare(config: TrainConfig) -> TrainingRun:
     _check_one_target(datasets)
     target = datasets[0].manifest.target
     base = identify_target(config.explainer.model)
-    resolve_kind(config.explainer.projection, target.width, base.width)
+    resolve_kind(config.explainer, target.width, base.width)
+    start = _check_fitted(config.explainer, target, base.width)
     for dataset in datasets:
         if not dataset.manifest.selected.get("train", 0):
             raise UserError(f"dataset {dataset.folder.url} has no records in its train split, expected at least one")
+        dataset.check_shards()
     contents = [[shard.digest for shard in dataset.manifest.shards] for dataset in datasets]
     keys = [dataset.manifest.run_key for dataset in datasets]
     run = TrainingRun(
         config=config,
         target=TargetInfo(path=target.path, width=target.width, num_layers=target.num_layers),
-        run_key=stable_id(resolved(relevant(config)), keys, contents, base.model_dump()),
+        run_key=stable_id(resolved(relevant(config)), keys, contents, base.model_dump(), start),
         num_examples=sum(dataset.manifest.selected["train"] for dataset in datasets),
     )
     _check_output(run)
@@ -104,14 +108,14 @@ def prepare(config: TrainConfig) -> TrainingRun:
 def relevant(config: TrainConfig) -> TrainConfig:
     """The config with everything that cannot change the result set to its default.
 
-    Workers and micro-batches stay out: they change a sum's order of rounding and nothing else. Datasets are known by
-    their contents, not by where they lie.
+    Workers and micro-batches stay out: they change a sum's order of rounding and nothing else. Datasets and fitted
+    projections are known by their contents, not by where they lie.
     """
     reset: dict[str, Any] = {"output": "", "trainer": TrainerConfig(), "datasets": ()}
     if config.method == "full":
         reset["lora"] = LoraConfig()
     model = config.explainer.model.model_copy(update={"device": "auto"})
-    reset["explainer"] = config.explainer.model_copy(update={"model": model})
+    reset["explainer"] = config.explainer.model_copy(update={"model": model, "fitted_projection": None})
     return config.model_copy(update=reset)
 
 
@@ -124,11 +128,14 @@ def _absolute(config: TrainConfig) -> TrainConfig:
     model = config.explainer.model
     if Path(model.path).expanduser().is_dir():
         model = model.model_copy(update={"path": absolute(model.path)})
+    fitted = config.explainer.fitted_projection
     return config.model_copy(
         update={
             "datasets": tuple(absolute(url) for url in config.datasets),
             "output": absolute(config.output),
-            "explainer": config.explainer.model_copy(update={"model": model}),
+            "explainer": config.explainer.model_copy(
+                update={"model": model, "fitted_projection": fitted and absolute(fitted)}
+            ),
         }
     )
 
@@ -142,6 +149,28 @@ def _check_one_target(datasets: list[Dataset]) -> None:
                 f"datasets are of different targets: {first.folder.url} of {one.path} (width {one.width}), "
                 f"{other.folder.url} of {two.path} (width {two.width}); expected one target"
             )
+
+
+def _check_fitted(config: ExplainerConfig, target: TargetIdentity, width: int) -> str:
+    """Refuse maps that were fitted for something else; a digest of those that fit, "" if none were asked for."""
+    folder = config.fitted_projection
+    if folder is None:
+        return ""
+    card = read_alignment(folder)
+    for what, found, wanted in (
+        ("targets of width", card.target_width, target.width),
+        ("explainers of width", card.explainer_width, width),
+        ("explainer.vector_scale", card.vector_scale, config.vector_scale),
+    ):
+        if found != wanted:
+            raise UserError(f"fitted projection {folder} is for {what} {found}, expected {wanted}")
+    if max(card.layers) >= target.num_layers:
+        raise UserError(
+            f"fitted projection {folder} has layer {max(card.layers)}, {target.path} has {target.num_layers}"
+        )
+    return hashlib.blake2b(
+        b"".join(weight.numpy().tobytes() for weight in read_maps(folder).values()), digest_size=8
+    ).hexdigest()
 
 
 def _check_output(run: TrainingRun) -> None:
@@ -159,18 +188,9 @@ def _check_output(run: TrainingRun) -> None:
         raise UserError(f"output folder {url}: its {TRAINING_FILE} is none of this version's: choose another") from None
     if key == run.run_key:
         return
-    differences = list(_differences(relevant(other), relevant(run.config)))
-    what = "; ".join(differences) or "the contents of its datasets or of its starting model have changed since"
+    found_differences = differences(resolved(relevant(other)), resolved(relevant(run.config)))
+    what = "; ".join(found_differences) or "the contents of its datasets or of its starting model have changed since"
     raise UserError(f"output folder {url} belongs to another config ({what}): choose another folder or delete it")
-
-
-def _differences(there: Config, here: Config, prefix: str = "") -> Iterator[str]:
-    for name in type(there).model_fields:
-        one, other = getattr(there, name), getattr(here, name)
-        if isinstance(one, Config):
-            yield from _differences(one, other, f"{prefix}{name}.")
-        elif one != other:
-            yield f"{prefix}{name} is {one!r} there, {other!r} here"
 
 
 def storage_of(output: str) -> tuple[str, Any]:

@@ -70,6 +70,15 @@ WRONG = [
     (["--actors.max_size", "0"], "config key 'actors.max_size': input should be greater than or equal to 1, found 0"),
     (["--split.train", "0.9"], "config key 'split': train + validation + test must be 1, found 1.2"),
     (["--task", "patching"], "config key 'task': input should be 'feature_description', 'activation_patching' or"),
+    (
+        ["--activation_patching.instruction", "Answer:"],
+        "config key 'activation_patching.instruction': needs {options} exactly once, found 0 in 'Answer:'",
+    ),
+    (
+        ["--input_ablation.question", "{question} {options} {hint} {hint}"],
+        "config key 'input_ablation.question': needs {hint} exactly once, found 2 in",
+    ),
+    (["--input_ablation.hint", ""], "config key 'input_ablation.hint':"),
     (["--config", "no.yaml"], "config file no.yaml does not exist"),
 ]
 

@@ -142,6 +142,12 @@ def test_unusable_rows_are_counted_with_their_reason_and_their_number(tmp_path):
         ({"index": float("inf")}, "wrong_type"),
         ({"index": 2.5}, "wrong_type"),
         ({"accepted": [1]}, "wrong_type"),
+        ({"vector": 3.5}, "wrong_type"),
+        ({"vector": []}, "wrong_type"),
+        ({"vector": ["a"]}, "wrong_type"),
+        ({"vector": [1, float("nan")]}, "vector_not_finite"),
+        ({"vector": "[1, 2]"}, None),
+        ({"vector": "1, 2"}, "wrong_type"),
     ],
 )
 def test_unusable_labels(tmp_path, changes, reason):
@@ -153,6 +159,12 @@ def test_unusable_labels(tmp_path, changes, reason):
 def test_a_template_has_one_placeholder(tmp_path, template):
     source = load(jsonl(tmp_path / "a.jsonl", [FACT, {**FACT, "relation": template}]), "counterfact")
     assert source.rejected == [(1, "bad_template")]
+
+
+def test_plain_texts(tmp_path):
+    source = load(jsonl(tmp_path / "a.jsonl", [{"text": " one "}, {"text": ""}, {"text": 3}, {"text": "two"}]), "text")
+    assert [row["text"] for row in source.rows] == ["one", "two"]
+    assert source.rejected == [(1, "empty_text"), (2, "wrong_type")]
 
 
 def test_limit_takes_the_first_rows(tmp_path):
@@ -197,7 +209,7 @@ BAD_FILES = [
         "row 1 (counted from 0) has no field 'choices'",
     ),
     ("a.json", b'[{"question": "q", "subject": "s", "choices": []}]', "no row has 'answer', which format mmlu needs"),
-    ("a.json", json.dumps([FACT]).encode(), "has format counterfact, task a_task needs mmlu"),
+    ("a.json", json.dumps([FACT]).encode(), "has format counterfact, a_task needs mmlu"),
 ]
 
 

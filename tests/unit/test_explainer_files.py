@@ -100,9 +100,10 @@ def test_widths_without_a_projection(tmp_path):
 
 
 def test_projection_kinds():
-    assert resolve_kind("auto", 8, 8) == "none"
-    assert resolve_kind("auto", 8, 12) == "linear"
-    assert resolve_kind("linear", 8, 8) == "linear"
+    assert resolve_kind(ExplainerConfig(), 8, 8) == "none"
+    assert resolve_kind(ExplainerConfig(), 8, 12) == "linear"
+    assert resolve_kind(ExplainerConfig(projection="linear"), 8, 8) == "linear"
+    assert resolve_kind(ExplainerConfig(fitted_projection="somewhere"), 8, 8) == "linear"
 
 
 def test_projection_starts_near_norm_preserving_and_is_seeded():

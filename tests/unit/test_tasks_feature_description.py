@@ -59,7 +59,7 @@ def test_vectors_are_decoder_rows(sae):
         assert np.array_equal(record["vector"], decoder[index].numpy())
         example = TASK.render(record)
         before, vector, after = example.query.parts
-        assert (before, after, example.answer) == (f"At layer {LAYER}, ", " encodes what?", f"thing {index}")
+        assert (before, after, example.answer) == (f"At layer {LAYER}, ", " encodes what?", f" thing {index}")
         assert isinstance(vector, Vector) and vector.layers == (LAYER,)
         assert np.array_equal(vector.values, decoder[index].numpy())
         assert TASK.truth(record) == Answer(None, f"thing {index}") and TASK.accepted(record) == ("cities",)

@@ -255,14 +255,7 @@ def check_line(stderr, expected):
         assert part in stderr
 
 
-NOT_YET = pytest.mark.xfail(
-    reason="vectors to train on are read by the workers, after the model has loaded", strict=True
-)
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=NOT_YET if name == "NaN in a vector to train on" else ()) for name in NAMES]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_bad_input_is_one_clear_line(name, cases, outcomes):
     assert set(NAMES) == set(cases)
     found = outcomes[name]
