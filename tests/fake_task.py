@@ -25,6 +25,19 @@ def fake_target(config: GenerateConfig) -> Any:  # noqa: ARG001
     return SimpleNamespace(width=WIDTH)
 
 
+def signing_target(config: GenerateConfig) -> Any:
+    """A fake target that leaves its process id in `actors/` beside the output folder."""
+    signed = Path(config.output).parent / "actors"
+    signed.mkdir(exist_ok=True)
+    (signed / str(os.getpid())).touch()
+    return fake_target(config)
+
+
+def deadly_target(config: GenerateConfig) -> Any:  # noqa: ARG001
+    """A target whose loading ends the process."""
+    os.kill(os.getpid(), 9)
+
+
 def load_no_such_model(config):
     raise UserError(f"model {config.target.path} has no weights")
 

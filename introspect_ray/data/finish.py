@@ -12,7 +12,7 @@ from introspect_ray.config import resolved
 from introspect_ray.data.dataset import read_shard
 from introspect_ray.data.manifest import REJECTED_NAME, SCHEMA_VERSION, SELECTION_NAME, Manifest, write_manifest
 from introspect_ray.data.prepare import Prepared
-from introspect_ray.data.shards import ShardInfo, parquet_bytes, vector_columns
+from introspect_ray.data.shards import ATTEMPTS_SUFFIX, ShardInfo, parquet_bytes, vector_columns
 from introspect_ray.data.storage import TEMPORARY, Folder
 from introspect_ray.errors import RunFailed
 from introspect_ray.tasks.base import OK
@@ -103,5 +103,5 @@ def _sweep(folder: Folder) -> None:
     for part in ("", "plan/", "shards/"):
         inside = Folder(f"{folder.url.rstrip('/')}/{part}")
         for name in inside.names():
-            if name.startswith(TEMPORARY):
+            if name.startswith(TEMPORARY) or name.endswith(ATTEMPTS_SUFFIX):
                 inside.remove(name)

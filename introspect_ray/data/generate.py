@@ -7,12 +7,13 @@
     driver  all shards done -> counts, selection -> dataset.json
 
 A shard is written whole or not at all, and by anyone who is asked: a dead actor, a dead driver and a repeated order
-all end in the same file.
+all end in the same file. An item that kills its process every time ends as a failed record, see attempts.py.
 """
 
 from __future__ import annotations
 
 import os
+import uuid
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,11 +24,13 @@ import ray
 import ray.data
 
 from introspect_ray.config import ActorConfig, GenerateConfig
+from introspect_ray.data.attempts import ATTEMPTS, counted_loading
 from introspect_ray.data.cluster import ADDRESS_VARIABLE, VERBOSE_VARIABLE, connect, is_verbose, quiet_stderr
 from introspect_ray.data.finish import finish
 from introspect_ray.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from introspect_ray.data.prepare import Prepared, begin, prepare
 from introspect_ray.data.shards import ShardInfo, ShardOrder
+from introspect_ray.data.storage import Folder
 from introspect_ray.data.writer import write_shard
 from introspect_ray.errors import RunFailed, UserError
 from introspect_ray.interventions.target import Target
@@ -36,7 +39,7 @@ from introspect_ray.tasks.registry import get_task
 
 NO_PROGRESS_TIMEOUT_S = 4 * 3600
 """Ray Data gives up after 30 minutes without a finished block, which a large model on a new node may take to load."""
-RETRIES_PER_SHARD = 2
+RETRIES_PER_SHARD = ATTEMPTS - 1
 """Times a shard is tried again after its actor died. Without a bound, a shard that kills actors never ends."""
 MAX_LOST_SHARDS = 3
 """Shards that may be lost to dying actors while the others are still completed; then the run fails all the same."""
@@ -79,17 +82,21 @@ class Summary:
 class ShardWorker:
     """Holds a target and writes one shard per call."""
 
-    def __init__(self, task: Task, config: GenerateConfig, load_target: Callable[[GenerateConfig], Target]):
+    def __init__(
+        self, task: Task, config: GenerateConfig, load_target: Callable[[GenerateConfig], Target], run_id: str
+    ):
         self.task = task
         self.config = config
-        self.target = load_target(config)
+        self.run_id = run_id
+        with counted_loading(Folder(config.output), ray.get_runtime_context().get_actor_id() or ""):
+            self.target = load_target(config)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         orders = [
             ShardOrder(int(index), str(run_key))
             for index, run_key in zip(batch["index"], batch["run_key"], strict=True)
         ]
-        infos = [write_shard(self.task, self.target, self.config, order) for order in orders]
+        infos = [write_shard(self.task, self.target, self.config, order, self.run_id) for order in orders]
         rows = [{"index": order.index, **info.model_dump()} for order, info in zip(orders, infos, strict=True)]
         return {name: [row[name] for row in rows] for name in rows[0]}
 
@@ -204,7 +211,12 @@ def _pipeline(
         warnings.simplefilter("ignore")
         return rows.map_batches(
             ShardWorker,
-            fn_constructor_kwargs={"task": prepared.task, "config": prepared.config, "load_target": load_target},
+            fn_constructor_kwargs={
+                "task": prepared.task,
+                "config": prepared.config,
+                "load_target": load_target,
+                "run_id": uuid.uuid4().hex,
+            },
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(
                 min_size=actors.min_size, max_size=actors.max_size, initial_size=actors.initial_size

@@ -1,7 +1,8 @@
 """Shards: one Parquet file of records per `items_per_shard` work items, self-describing, done or not done.
 
-    plan/shard-00000.parquet     work items, one JSON text per row
-    shards/shard-00000.parquet   their records; schema metadata names the run, the shard and a digest of the content
+    plan/shard-00000.parquet         work items, one JSON text per row
+    plan/shard-00000.attempts.json   only while the shard is being made, see attempts.py
+    shards/shard-00000.parquet       their records; schema metadata names the run, the shard and a digest of the content
 
 A shard counts as done if its footer opens, names this run and this shard, and agrees with itself about its rows. All
 else (torn, foreign, half written by something that does not rename) is written again.
@@ -30,6 +31,7 @@ _RUN, _SHARD, _ROWS, _DIGEST = (
     b"introspect_ray.rows",
     b"introspect_ray.digest",
 )
+ATTEMPTS_SUFFIX = ".attempts.json"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,10 @@ class ShardOrder:
     @property
     def plan_name(self) -> str:
         return f"plan/shard-{self.index:05d}.parquet"
+
+    @property
+    def attempts_name(self) -> str:
+        return f"plan/shard-{self.index:05d}{ATTEMPTS_SUFFIX}"
 
     @property
     def name(self) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from introspect_ray.config import GenerateConfig
+from introspect_ray.data.attempts import Attempt
 from introspect_ray.data.shards import ShardInfo, ShardOrder, read_items, vector_columns, write_records
 from introspect_ray.data.storage import Folder
 from introspect_ray.errors import UserError
@@ -20,43 +21,69 @@ logger = logging.getLogger(__name__)
 
 GENERATION_ERROR = "generation_error"
 """Status of an item whose procedure raised."""
+PROCESS_DIED = "process_died"
+"""Status of an item that ended the process it ran in, more than once."""
 VECTOR_NOT_FINITE = "vector_not_finite"
 """Status of a record whose vector has a NaN, or overflows in the dtype on disk."""
 
 
-def write_shard(task: Task, target: Target, config: GenerateConfig, order: ShardOrder) -> ShardInfo:
+def write_shard(task: Task, target: Target, config: GenerateConfig, order: ShardOrder, run_id: str) -> ShardInfo:
     """Generate and write all records of one shard; every work item ends as at least one record.
 
-    The folder is `config.output`. Raises UserError if the procedure refuses every item alike.
+    The folder is `config.output`; `run_id` is one of each run of the driver. Raises UserError if the procedure refuses
+    every item alike.
     """
     folder = Folder(config.output)
     items = read_items(folder, order)
     schema = task.schema(target.width, config)
-    records = generate_records(task, target, items, config)
-    return write_records(folder, order, finite_records(records, items, schema), schema)
+    attempt = Attempt(folder, order, run_id)
+    records = generate_records(task, target, items, config, attempt)
+    info = write_records(folder, order, finite_records(records, items, schema), schema)
+    attempt.succeeded()
+    return info
 
 
-def generate_records(task: Task, target: Target, items: Sequence[Item], config: GenerateConfig) -> list[Record]:
-    """Records of all items, in item order. If the batch raises, items run alone; those that raise again are failed."""
-    try:
-        records = task.generate(target, items, config)
-    except Exception as error:
-        logger.warning("a shard of %d items raised %r; its items run one by one", len(items), error)
-        records = _one_by_one(task, target, items, config)
+def generate_records(
+    task: Task, target: Target, items: Sequence[Item], config: GenerateConfig, attempt: Attempt | None = None
+) -> list[Record]:
+    """Records of all items, in item order. If the batch raises, items run alone; those that raise again are failed.
+
+    Items run alone as well if earlier attempts ended with their process; those to blame are failed without a try.
+    """
+    if attempt and attempt.is_careful:
+        logger.warning("earlier attempts at a shard of %d items killed their process; they run one by one", len(items))
+        records = _one_by_one(task, target, items, config, attempt)
+    else:
+        try:
+            records = task.generate(target, items, config)
+        except Exception as error:
+            logger.warning("a shard of %d items raised %r; its items run one by one", len(items), error)
+            records = _one_by_one(task, target, items, config, None)
     by_item = _check(records, items)
     return [record for item in items for record in by_item[item["item_id"]]]
 
 
-def _one_by_one(task: Task, target: Target, items: Sequence[Item], config: GenerateConfig) -> list[Record]:
+def _one_by_one(
+    task: Task, target: Target, items: Sequence[Item], config: GenerateConfig, attempt: Attempt | None
+) -> list[Record]:
+    """Records of every item run alone; each is announced to `attempt`, which knows those that must not run."""
     records: list[Record] = []
     refusals: list[UserError] = []
     for item in items:
+        if attempt and attempt.is_deadly(item["item_id"]):
+            deaths = attempt.deaths_of(item["item_id"])
+            records.append(failed(item, PROCESS_DIED, f"{deaths} processes ended while this item ran alone"))
+            continue
+        if attempt:
+            attempt.runs_alone(item["item_id"])
         try:
             records += task.generate(target, [item], config)
         except Exception as error:
             if isinstance(error, UserError):
                 refusals.append(error)
             records.append(failed(item, GENERATION_ERROR, f"{type(error).__name__}: {' '.join(str(error).split())}"))
+    if attempt:
+        attempt.runs_alone(None)
     if len(refusals) == len(items):
         raise refusals[0]
     return records

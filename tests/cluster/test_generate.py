@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from fake_task import FakeTask, crash, fake_config, fake_target, load_no_such_model
+from fake_task import FakeTask, crash, deadly_target, fake_config, fake_target, load_no_such_model
 
 import introspect_ray.data.generate as generate_module
 from introspect_ray.data.cluster import connect
@@ -94,11 +94,29 @@ def test_an_actor_that_dies_costs_nothing(reference, tmp_path):
     assert set(questions) - texts == {"skip me", "raise 1", "nan 1"}
 
 
-def test_a_shard_that_always_kills_its_actor_fails_the_run_alone(tmp_path, cluster):  # noqa: ARG001
+def test_an_item_that_always_kills_its_process_is_a_failed_record(tmp_path, cluster):  # noqa: ARG001
+    config = fake_config(tmp_path, ["a", "b", "kill", "c", "d"], items_per_shard=2)
+    summary, _ = run(config)
+    records = open_dataset(config.output).records(None, selected=False)
+    assert sorted(record["text"] for record in records if record["status"] == "ok") == sorted("aabbccdd")
+    assert [record["detail"] for record in records if record["status"] == "process_died"] == [
+        "2 processes ended while this item ran alone"
+    ]
+    assert summary.manifest.num_records == 9
+
+
+def test_a_shard_that_is_out_of_attempts_fails_the_run_alone(tmp_path, cluster, monkeypatch):  # noqa: ARG001
+    monkeypatch.setattr(generate_module, "RETRIES_PER_SHARD", 1)
     config = fake_config(tmp_path, ["a", "b", "kill", "c"], items_per_shard=1)
     with pytest.raises(RunFailed, match=r"1 shards were not written, the first is shards/shard-00002.parquet"):
         run(config)
     assert len(list((tmp_path / "out" / "shards").glob("shard-*"))) == 3
+
+
+def test_a_target_that_kills_its_process_fails_the_run(tmp_path, cluster):  # noqa: ARG001
+    config = fake_config(tmp_path, QUESTIONS)
+    with pytest.raises(RunFailed, match="3 processes ended while they loaded the target"):
+        generate_dataset(config, lambda _: None, FakeTask(), deadly_target)
 
 
 @pytest.mark.parametrize(
@@ -123,11 +141,14 @@ def test_killed_driver_continues_to_the_same_dataset(reference, tmp_path):
     (tmp_path / "config.yaml").write_text(json.dumps(config.model_dump(mode="json")))
     (tmp_path / "driver.py").write_text(DRIVER)
     command = [sys.executable, str(tmp_path / "driver.py"), "--config", str(tmp_path / "config.yaml")]
-    environment = {**os.environ, "PYTHONPATH": str(TESTS), "RAY_ADDRESS": ""}
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "RAY_ADDRESS": ""}
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     for line in first.stdout:
         if line.startswith("DONE 2"):
             break
+    else:
+        pytest.fail(first.communicate()[1])
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     time.sleep(1)  # actors of the dead driver may still rename a file

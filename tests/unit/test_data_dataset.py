@@ -27,7 +27,9 @@ def generate(config, task=None):
     """What the driver and its actors do, in one process."""
     prepared = prepare(config, task or FakeTask())
     begin(prepared, prepared.orders)
-    shards = {order.index: write_shard(prepared.task, fake_target(config), config, order) for order in prepared.orders}
+    shards = {
+        order.index: write_shard(prepared.task, fake_target(config), config, order, "run") for order in prepared.orders
+    }
     return finish(prepared, shards)
 
 
