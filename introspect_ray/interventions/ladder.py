@@ -2,7 +2,8 @@
 
 An intervention whose block starts at layer l and whose first position is t changes nothing at or below layer l's
 input, and nothing before t. So a row is the suffix t..T of its prompt, enters the stack after its own layer l, and
-attends to the clean run's keys and values of the positions before t. Rows run in packs, see packing.py.
+attends to the clean run's keys and values of the positions before t. Rows run in packs, see packing.py. Of the last
+layer only the last token of each row is read, so that its feed-forward part, most of a layer's work, runs over those alone.
 
 N tokens of a pack, n of them in the stack, C clean prefix tokens, R rows, V vocabulary.
 """
@@ -10,11 +11,11 @@ N tokens of a pack, n of them in the stack, C clean prefix tokens, R rows, V voc
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
@@ -110,6 +111,7 @@ class Ladder:
         self._owner, self._name = layers_owner(model)
         self._num_layers = num_layers(model)
         self._output_size = _output_size(model)
+        self._last_mlp = _feed_forward(decoder_layers(model)[-1])
         self._token_budget = TOKENS_PER_PACK_CPU if model.device.type == "cpu" else TOKENS_PER_PACK_GPU
 
     @torch.no_grad()
@@ -131,7 +133,7 @@ class Ladder:
         positions, ends = pack.positions(), pack.ends()
         # The values of the embeddings are never read: the first rows take the place of a layer's output.
         embeddings = pack.like.new_zeros(1, 1, pack.like.shape[-1]).expand(1, pack.num_tokens, -1)
-        with self._swapped_layers(pack):
+        with self._swapped_layers(pack), _only_at(self._last_mlp, pack.ends_entering_last()):
             return selected_logits(
                 self.model,
                 torch.zeros_like(ends),
@@ -167,6 +169,36 @@ def _output_size(model: PreTrainedModel) -> int | None:
     finally:
         hook.remove()
     return sizes[0]
+
+
+def _feed_forward(layer: nn.Module) -> nn.Module | None:
+    """The part of a decoder layer that treats every token alone, by its usual name; `None` if there is none so named."""
+    found = getattr(layer, "mlp", None)
+    return found if isinstance(found, nn.Module) else None
+
+
+@contextmanager
+def _only_at(module: nn.Module | None, tokens: Int[Tensor, " M"]) -> Iterator[None]:
+    """The module sees only M tokens of its input [1, n, D]; what it would have said about the others is zero."""
+    if module is None:
+        yield
+        return
+    given: list[Tensor] = []
+
+    def narrow(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        given.append(arguments[0])
+        return (arguments[0][:, tokens], *arguments[1:])
+
+    def widen(_module: nn.Module, _arguments: tuple[Any, ...], output: Any) -> Any:
+        said = block_output(output)
+        whole = said.new_zeros(*given.pop().shape[:-1], said.shape[-1])
+        whole[:, tokens] = said
+        return with_block_output(output, whole)
+
+    with ExitStack() as hooks:
+        hooks.callback(module.register_forward_pre_hook(narrow).remove)
+        hooks.callback(module.register_forward_hook(widen).remove)
+        yield
 
 
 def _prefix_layers(pack: Pack) -> list[CacheLayerMixin | Any]:

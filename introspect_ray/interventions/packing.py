@@ -92,6 +92,11 @@ class Pack:
         ends = [offset + row.num_tokens - 1 for row, offset in zip(self.rows, self.offsets, strict=True)]
         return torch.tensor(ends, device=self.like.device)
 
+    def ends_entering_last(self) -> Int[Tensor, " M"]:
+        """Indices of the last tokens of the M rows that the last layer is run over."""
+        ends = self.ends()
+        return ends[ends < self.num_entering[-1]]
+
     def mask(self, positions: Int[Tensor, " N"]) -> Float[Tensor, "1 1 N C_plus_N"]:
         """Additive attention mask: a token sees its prompt's clean prefix up to its row, and its own row so far."""
         device = self.like.device
