@@ -59,12 +59,22 @@ class ModelConfig(Config):
     """Dtype of the weights in memory; `auto` takes the checkpoint's."""
     device: str = "auto"
     """`auto` takes a GPU if the process has one, else the CPU."""
+    quantization: Literal["none", "nf4"] = "none"
+    """`nf4` keeps the weights of linear layers in 4 bits (bitsandbytes) and computes in `dtype`."""
+    device_map: Literal["none", "auto", "balanced", "sequential"] = "none"
+    """How layers spread over the GPUs of one process when one does not hold the model (accelerate); `none` uses one."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation of transformers."""
     revision: str | None = None
     """Revision of a hub model."""
     trust_remote_code: bool = False
     """Run code that a checkpoint brings along."""
+
+    @model_validator(mode="after")
+    def _one_placement(self) -> Self:
+        if self.device_map != "none" and self.device != "auto":
+            raise ValueError(f"device_map {self.device_map} chooses devices itself: found device {self.device}")
+        return self
 
 
 class SourceConfig(Config):

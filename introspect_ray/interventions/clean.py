@@ -64,7 +64,7 @@ def next_token_logits(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) 
         every = torch.arange(len(batch), device=model.device)
         rows.append(selected_logits(model, every, last, input_ids=ids, use_cache=False))
         order += batch
-    inverse = torch.tensor(order, device=model.device).argsort()
+    inverse = torch.tensor(order, device=rows[0].device).argsort()
     return torch.cat(rows)[inverse]
 
 
@@ -88,7 +88,7 @@ def _run_batch(model: PreTrainedModel, prompts: Sequence[Sequence[int]], keep_ca
     outputs: dict[int, Tensor] = {}
 
     def record(layer: int, hidden: Tensor) -> None:
-        outputs[layer] = hidden
+        outputs[layer] = hidden.to(model.device)  # of a model on several devices, the first
 
     # A cache without a config keeps all keys and values, also those that a sliding-window layer would drop.
     extra: dict[str, Any] = {"use_cache": keep_cache, **({"past_key_values": DynamicCache()} if keep_cache else {})}

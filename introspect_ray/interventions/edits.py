@@ -50,7 +50,7 @@ class Edits:
         """Change, in place, the output of `layer` at every token that an intervention on this layer names."""
         for layers, mode, flat, values in self._groups:
             if layers[0] <= layer <= layers[-1]:
-                value = values[layer - layers[0]]
+                value, flat = values[layer - layers[0]].to(hidden.device), flat.to(hidden.device)
                 if mode == "replace":
                     hidden.index_copy_(0, flat, value)
                 else:

@@ -46,7 +46,9 @@ def selected_logits(
     """
 
     def select(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (arguments[0][rows, positions][:, None], *arguments[1:])
+        # The head of a model that is spread over several devices may be on another one than its input.
+        device = arguments[0].device
+        return (arguments[0][rows.to(device), positions.to(device)][:, None], *arguments[1:])
 
     head = model.get_output_embeddings()
     assert head is not None, f"{type(model).__name__} has no language-model head"

@@ -3,7 +3,7 @@
 An intervention whose block starts at layer l and whose first position is t changes nothing at or below layer l's
 input, and nothing before t. So a row is the suffix t..T of its prompt, enters the stack after its own layer l, and
 attends to the clean run's keys and values of the positions before t. Rows run in packs, see packing.py. Of the last
-layer only the last token of each row is read, so that its feed-forward part, most of a layer's work, runs over those alone.
+layer only the last token of each row is read, so its feed-forward part, most of a layer's work, runs over those alone.
 
 N tokens of a pack, n of them in the stack, C clean prefix tokens, R rows, V vocabulary.
 """
@@ -79,6 +79,8 @@ class Rung(nn.Module):
             parts.insert(0, block_output(output))
         if not parts:
             return with_block_output(output, hidden)
+        # Clean residuals lie on the model's first device; of a model on several, this layer may be on another.
+        parts = [part.to(parts[0].device) for part in parts]
         result = parts[0] if entering and len(parts) == 1 else torch.cat(parts, dim=1)
         self.pack.edits.apply(self.index, result[0])
         return with_block_output(output, result)
@@ -172,7 +174,7 @@ def _output_size(model: PreTrainedModel) -> int | None:
 
 
 def _feed_forward(layer: nn.Module) -> nn.Module | None:
-    """The part of a decoder layer that treats every token alone, by its usual name; `None` if there is none so named."""
+    """The part of a decoder layer that treats every token alone, by its usual name; `None` if none is so named."""
     found = getattr(layer, "mlp", None)
     return found if isinstance(found, nn.Module) else None
 
@@ -187,12 +189,12 @@ def _only_at(module: nn.Module | None, tokens: Int[Tensor, " M"]) -> Iterator[No
 
     def narrow(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         given.append(arguments[0])
-        return (arguments[0][:, tokens], *arguments[1:])
+        return (arguments[0][:, tokens.to(arguments[0].device)], *arguments[1:])
 
     def widen(_module: nn.Module, _arguments: tuple[Any, ...], output: Any) -> Any:
         said = block_output(output)
         whole = said.new_zeros(*given.pop().shape[:-1], said.shape[-1])
-        whole[:, tokens] = said
+        whole[:, tokens.to(said.device)] = said
         return with_block_output(output, whole)
 
     with ExitStack() as hooks:

@@ -8,7 +8,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from introspect_ray.config import ModelConfig
@@ -17,7 +23,7 @@ from introspect_ray.models.paths import check_model, load_error, resolve_device,
 
 
 def load_model(config: ModelConfig) -> PreTrainedModel:
-    """The causal language model of `config`, in eval mode and frozen, on its device.
+    """The causal language model of `config`, in eval mode and frozen, on its device or devices.
 
     Raises `UserError` if it cannot be loaded, or if the checkpoint lacks weights (they would be random).
     """
@@ -33,6 +39,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
                 dtype=dtype,
                 attn_implementation=config.attention,
                 output_loading_info=True,
+                **_placement(config, device),
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise load_error(config.path, error) from error
@@ -42,7 +49,25 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         raise UserError(
             f"model path '{config.path}' lacks {len(missing)} weights that its config.json asks for, e.g. {missing[0]}"
         )
-    return model.to(device).eval().requires_grad_(False)
+    if config.quantization == "none" and config.device_map == "none":
+        model = model.to(device)
+    return model.eval().requires_grad_(False)
+
+
+def _placement(config: ModelConfig, device: torch.device) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that quantize, and place while loading; empty if the model is moved afterwards."""
+    arguments: dict[str, Any] = {}
+    if config.quantization == "nf4":
+        # What is computed in follows the dtype of the other weights; `auto` is known only to the checkpoint.
+        compute = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
+        arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
+        )
+    if config.device_map != "none":
+        arguments["device_map"] = config.device_map
+    elif config.quantization != "none":
+        arguments["device_map"] = {"": device}  # 4-bit weights are packed on the device that they stay on
+    return arguments
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

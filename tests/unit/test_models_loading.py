@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_model, tiny_tokenizer
-from transformers import BertConfig
+from tiny_models import randomized, tiny_model, tiny_tokenizer
+from transformers import BertConfig, LlamaConfig, LlamaForCausalLM
 
 from introspect_ray.config import ModelConfig
 from introspect_ray.errors import UserError
+from introspect_ray.interventions.hooked import hooked_logits
+from introspect_ray.interventions.target import Target
+from introspect_ray.interventions.types import Intervention
 from introspect_ray.models import paths
 from introspect_ray.models.loading import load_model, load_tokenizer
 from introspect_ray.models.paths import check_model, resolve_device, resolve_model_path
@@ -111,3 +115,30 @@ def test_a_checkpoint_without_all_its_weights_is_refused(tmp_path):
 def test_a_folder_without_tokenizer_is_refused(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path)
     assert refused(load_tokenizer, ModelConfig(path=str(tmp_path))).startswith(f"model path '{tmp_path}' could not")
+
+
+def test_four_bit_weights_compute_nearly_the_same(tmp_path):
+    # bitsandbytes packs weights in blocks of 64 and needs whole ones in every row on a CPU.
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+    whole = randomized(LlamaForCausalLM(LlamaConfig(**shape, vocab_size=97, max_position_embeddings=64)))
+    whole.save_pretrained(tmp_path)
+    model = load_model(ModelConfig(path=str(tmp_path), device="cpu", quantization="nf4"))
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    assert model.dtype == torch.float32 and not any(parameter.requires_grad for parameter in model.parameters())
+    target = Target(model, tiny_tokenizer())
+    runs = target.clean_runs([[5, 6, 7, 8], [9, 10]])
+    logits = torch.stack([whole(input_ids=torch.tensor([run.ids])).logits[0, -1].detach() for run in runs])
+    found = torch.stack([run.logits for run in runs])
+    assert 0 < (found - logits).norm() < 0.5 * logits.norm()
+    # Patched runs of a quantized target go up the ladder as well, and say what hooks say.
+    rows = [Intervention((1,), (1,), vectors=torch.ones(1, 64)) for _ in runs]
+    (one,), (other,) = target.patched_logits(runs, [[row] for row in rows])
+    torch.testing.assert_close(torch.stack([one, other]), hooked_logits(model, runs, rows), rtol=0, atol=1e-4)
+    assert runs[0].cache is not None, "keys and values are kept only if the ladder passed its self-check"
+
+
+def test_a_device_map_places_the_layers_and_excludes_a_device(folder):
+    model = load_model(ModelConfig(path=str(folder), device_map="auto"))
+    assert {parameter.device.type for parameter in model.parameters()} == {resolve_device("auto").type}
+    with pytest.raises(ValidationError, match="device_map auto chooses devices itself: found device cpu"):
+        ModelConfig(path=str(folder), device="cpu", device_map="auto")
