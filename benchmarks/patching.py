@@ -172,7 +172,7 @@ def nnsight_batched(traced: Any, work: list[Sweep]) -> Tensor:
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations of a model: per token and layer, per token, layer and token attended to, per logit row."""
+    """Floating-point operations: per token and layer; per token, layer and token attended to; per logit row."""
 
     layer: int
     attended: int
@@ -296,7 +296,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu, or cuda for 8B shapes in bfloat16 (default: cpu)")
     parser.add_argument("--prompts", type=int, default=4, help="prompts, each swept over all layers (default: 4)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds in which every method runs once (default: 3)")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch (default: torch's own choice)")
     arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     if arguments.prompts < 1 or arguments.rounds < 1:
         parser.error("--prompts and --rounds must be at least 1")
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():

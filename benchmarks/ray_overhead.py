@@ -1,7 +1,7 @@
-"""What Ray Data costs: rows per second through one actor beside the same loop without Ray, and memory at ten times the rows.
+"""What Ray Data costs: rows per second through one actor beside the same loop without Ray, and memory as rows grow.
 
 The work is real: activation patching on the pocket target, shards written to disk. Both ways load the target before the
-clock starts, do the same shards, and take turns in one process tree with one CPU thread each. Last line, one JSON object:
+clock starts, do the same shards, and take turns, with one CPU thread each. Last line, one JSON object:
 
     with_ray, without_ray    records per second, from the first shard begun to the last one written
     ratio                    with_ray / without_ray
