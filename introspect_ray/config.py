@@ -196,6 +196,17 @@ class GenerateConfig(Config):
     seed: int = 0
 
 
+class InspectConfig(Config):
+    """jobs/inspect_dataset.py: verify and summarise a finished dataset."""
+
+    dataset: str = "runs/dataset"
+    """Dataset folder (any fsspec URL); may stand alone, without `--dataset`."""
+    page: str | None = None
+    """HTML page to write (any fsspec URL); none writes `inspection.html` into the dataset folder."""
+    num_examples: Annotated[int, Field(ge=0)] = 4
+    """Records of every split that the page shows."""
+
+
 class LoraConfig(Config):
     """Low-rank adapters; P1 patching defaults."""
 

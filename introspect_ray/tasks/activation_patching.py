@@ -58,6 +58,7 @@ class ActivationPatching:
     metrics: ClassVar[tuple[str, ...]] = ("exact_match", "has_changed_f1", "content_match", "parse_rate")
     has_vectors: ClassVar[bool] = True
     breakdowns: ClassVar[Mapping[str, str]] = {"Layer block": "block", "Kind of position": "kind"}
+    unshared: ClassVar[tuple[str, ...]] = ("subject", "other_subject")
     source_formats: ClassVar[tuple[str, ...]] = ("counterfact", "known_facts")
     wording: ClassVar[VerdictWording] = VerdictWording()
 

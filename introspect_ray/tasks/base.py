@@ -62,6 +62,8 @@ class Task(Protocol):
     has_vectors: ClassVar[bool]
     breakdowns: ClassVar[Mapping[str, str]]
     """Title -> record column by whose value the report breaks the main metric down."""
+    unshared: ClassVar[tuple[str, ...]]
+    """Record columns of what no two splits may share beside groups; one value may stand in several of them."""
     source_formats: ClassVar[tuple[str, ...]]
     """Source formats (config.SourceConfig.format) whose rows this task accepts, the preferred one first."""
 

@@ -25,6 +25,7 @@ class FeatureDescription:
     metrics: ClassVar[tuple[str, ...]] = ("description_match", "exact_match", "parse_rate")
     has_vectors: ClassVar[bool] = True
     breakdowns: ClassVar[Mapping[str, str]] = {"Kind of description": "label_kind"}
+    unshared: ClassVar[tuple[str, ...]] = ()
     source_formats: ClassVar[tuple[str, ...]] = ("latent_labels",)
 
     def schema(self, width: int, config: GenerateConfig) -> pa.Schema:

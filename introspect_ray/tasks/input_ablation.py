@@ -56,6 +56,7 @@ class InputAblation:
     metrics: ClassVar[tuple[str, ...]] = ("exact_match", "has_changed_f1", "content_match", "parse_rate")
     has_vectors: ClassVar[bool] = False
     breakdowns: ClassVar[Mapping[str, str]] = {"Hint and truth": "hint_is", "Subject": "subject"}
+    unshared: ClassVar[tuple[str, ...]] = ()
     source_formats: ClassVar[tuple[str, ...]] = ("mmlu",)
     wording: ClassVar[VerdictWording] = VerdictWording()
 

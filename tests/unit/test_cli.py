@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from introspect_ray.cli import parse, progress_bar, run_job
-from introspect_ray.config import EvaluateConfig, GenerateConfig, TrainConfig
+from introspect_ray.config import EvaluateConfig, GenerateConfig, InspectConfig, TrainConfig
 from introspect_ray.errors import RunFailed, UserError
 
 
@@ -171,3 +171,19 @@ def test_progress_bar_counts_earlier_work_as_done_but_not_as_speed(capsys):
     with progress_bar("generate", "item"):
         pass
     assert capsys.readouterr().err == ""
+
+
+def test_one_key_may_stand_without_its_option():
+    def dataset(*arguments):
+        return parse(InspectConfig, "A job.", arguments, "dataset").dataset
+
+    assert dataset("here") == dataset("--dataset", "here") == dataset("here", "--num_examples", "3") == "here"
+    assert dataset("--num_examples", "3") == InspectConfig().dataset
+    with pytest.raises(UserError, match="argument 'there' was not expected"):
+        dataset("here", "there")
+
+
+def test_a_key_that_stands_alone_wins_over_the_file(tmp_path):
+    file = write(tmp_path, "dataset: there\n")
+    assert parse(InspectConfig, "A job.", ["--config", file], "dataset").dataset == "there"
+    assert parse(InspectConfig, "A job.", ["here", "--config", file], "dataset").dataset == "here"
