@@ -9,7 +9,6 @@ from typing import Any
 from introspect_ray.data.inspect import BalanceCell, Finding, Inspection
 from introspect_ray.data.splits import SPLITS
 from introspect_ray.data.storage import Folder
-from introspect_ray.errors import UserError
 from introspect_ray.evaluation.page import render_page
 from introspect_ray.evaluation.report import MAX_GRID_SIDE
 from introspect_ray.tasks.base import OK, Record
@@ -41,10 +40,7 @@ def write_inspection(inspection: Inspection, url: str | None) -> str:
     """Write the page to `url`, or into the dataset folder, and return where it is. Raises UserError if that fails."""
     parent, _, name = (url or f"{inspection.url.rstrip('/')}/{PAGE_NAME}").rpartition("/")
     folder = Folder(parent or ("/" if (url or "").startswith("/") else "."))
-    try:
-        folder.write(name, render_inspection(inspection).encode())
-    except OSError as error:
-        raise UserError(f"page {folder.url}/{name} cannot be written: {error}; --page names another place") from None
+    folder.write(name, render_inspection(inspection).encode())
     return f"{folder.url}/{name}"
 
 

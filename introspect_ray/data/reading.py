@@ -14,6 +14,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from introspect_ray.data.storage import storage_errors
 from introspect_ray.errors import UserError
 
 RawRow = dict[str, Any]
@@ -43,17 +44,19 @@ def read_rows(path: str) -> list[RawRow]:
 
 
 def _read(path: str) -> bytes:
+    damage = (EOFError, zlib.error, lzma.LZMAError)
     try:
-        with fsspec.open(path, "rb", compression="infer") as file:
+        with (
+            storage_errors(f"source {path} cannot be read", (FileNotFoundError, IsADirectoryError, *damage)),
+            fsspec.open(path, "rb", compression="infer") as file,
+        ):
             return file.read()
     except FileNotFoundError:
         raise UserError(f"source {path} does not exist") from None
     except IsADirectoryError:
         raise UserError(f"source {path} is a folder, expected a file") from None
-    except (EOFError, zlib.error, lzma.LZMAError) as error:
+    except damage as error:
         raise UserError(f"source {path} is truncated or damaged: {error}") from None
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"source {path} cannot be read: {error}") from None
 
 
 def _text(path: str, content: bytes) -> str:
