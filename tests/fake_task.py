@@ -107,11 +107,13 @@ class FakeTask:
         return [row["record_id"] for row in records.to_pylist() if row["status"] == OK and row["changed"]]
 
 
-def make_dataset(config: GenerateConfig, task: Any = None) -> Manifest:
-    """What the driver and its actors do, in one process."""
+def make_dataset(config: GenerateConfig, task: Any = None, target: Any = None) -> Manifest:
+    """What the driver and its actors do, in one process; shards that are done are kept."""
     prepared = prepare(config, task or FakeTask())
-    begin(prepared, prepared.orders)
-    shards = {order.index: write_shard(prepared.task, fake_target(config), config, order) for order in prepared.orders}
+    shards, target = prepared.finished(), target or fake_target(config)
+    todo = [order for order in prepared.orders if order.index not in shards]
+    begin(prepared, todo)
+    shards |= {order.index: write_shard(prepared.task, target, config, order) for order in todo}
     return finish(prepared, shards)
 
 

@@ -7,6 +7,8 @@ import io
 import json
 import lzma
 import zlib
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -69,7 +71,7 @@ def _text(path: str, content: bytes) -> str:
 def _json(path: str, content: bytes) -> list[Any]:
     try:
         rows = json.loads(_text(path, content))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also a number with more digits than Python reads
         raise UserError(f"source {path} is not valid JSON: {error}") from None
     if not isinstance(rows, list):
         raise UserError(f"source {path}: expected a JSON array of rows, found {type(rows).__name__}")
@@ -84,7 +86,7 @@ def _jsonl(path: str, content: bytes) -> list[Any]:
             continue
         try:
             rows.append(json.loads(line))
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"source {path}, line {number} is not valid JSON: {error}") from None
     return rows
 
@@ -95,6 +97,7 @@ def _csv(path: str, content: bytes) -> list[Any]:
         header, *rows = csv.reader(io.StringIO(_text(path, content), newline=""), strict=True)
     except csv.Error as error:
         raise UserError(f"source {path} is not valid CSV: {error}") from None
+    _check_columns(path, header)
     rows = [row for row in rows if row]
     for number, row in enumerate(rows):
         if len(row) > len(header):
@@ -104,6 +107,15 @@ def _csv(path: str, content: bytes) -> list[Any]:
 
 def _parquet(path: str, content: bytes) -> list[Any]:
     try:
-        return pq.read_table(io.BytesIO(content)).to_pylist()
+        with pq.ParquetFile(io.BytesIO(content)) as file:
+            _check_columns(path, file.schema_arrow.names)
+            return file.read().to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"source {path} is not a complete Parquet file: {error}") from None
+
+
+def _check_columns(path: str, names: Sequence[str]) -> None:
+    """Refuse a table of which a row, as a mapping, would lose a column."""
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise UserError(f"source {path} has the column {name!r} twice, expected every name once")

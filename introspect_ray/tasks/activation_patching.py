@@ -26,7 +26,19 @@ from introspect_ray.interventions.target import Target
 from introspect_ray.interventions.types import CleanRun, Intervention
 from introspect_ray.models.structure import layer_blocks
 from introspect_ray.models.tokens import position_of, token_text
-from introspect_ray.tasks.base import COMMON_FIELDS, OK, Answer, Example, Item, Plan, Record, SplitOf, failed, stable_id
+from introspect_ray.tasks.base import (
+    COMMON_FIELDS,
+    OK,
+    Answer,
+    Example,
+    Item,
+    Plan,
+    Record,
+    SplitOf,
+    failed,
+    stable_id,
+    too_long,
+)
 from introspect_ray.tasks.verdict import VerdictWording
 
 KINDS = ("subject_end", "relation", "original_option", "new_option", "other_option", "question")
@@ -124,10 +136,18 @@ class ActivationPatching:
     def _generate_pass(self, target: Target, items: Sequence[Item], config: ActivationPatchingConfig) -> list[Record]:
         """Every block and kind of every item, sharing one clean run per distinct prompt."""
         blocks = layer_blocks(target.num_layers, config.num_blocks)
-        pairs = [
-            (_prompt(target, item, item["subject"], config), _prompt(target, item, item["other_subject"], config))
-            for item in items
-        ]
+        failures: list[Record] = []
+        kept: list[Item] = []
+        pairs: list[tuple[Prompt, Prompt]] = []
+        for item in items:
+            one, other = (_prompt(target, item, item[name], config) for name in ("subject", "other_subject"))
+            if (failure := too_long(target, item, one.ids, other.ids)) is not None:
+                failures.append(failure)
+                continue
+            kept.append(item)
+            pairs.append((one, other))
+        if not pairs:
+            return failures
         distinct = {prompt.text: prompt for pair in pairs for prompt in pair}
         runs = dict(zip(distinct, target.clean_runs([prompt.ids for prompt in distinct.values()]), strict=True))
         cells = [
@@ -156,9 +176,9 @@ class ActivationPatching:
             for (one, _), todo, found in zip(pairs, cells, vectors, strict=True)
         ]
         logits = target.patched_logits([runs[one.text] for one, _ in pairs], interventions)
-        return [
+        return failures + [
             record
-            for item, pair, todo, found, after in zip(items, pairs, cells, vectors, logits, strict=True)
+            for item, pair, todo, found, after in zip(kept, pairs, cells, vectors, logits, strict=True)
             for record in self._records(
                 target, item, pair, runs[pair[0].text], todo, blocks, found, after.argmax(-1).tolist()
             )

@@ -1,17 +1,12 @@
 """Datasets on S3: a real S3-speaking server on loopback, asked through s3fs, by this process and by Ray's actors."""
 
-import json
-import logging
 import os
-import socket
-import urllib.request
 from pathlib import Path
 
 import boto3
 import pytest
-import s3fs
 from fake_task import FakeTask, fake_config, fake_target, make_dataset
-from moto.server import ThreadedMotoServer
+from s3_server import closed_port, reader, s3_environment, s3_server, using
 from training_helpers import train_config, write_dataset
 
 from introspect_ray.config import SourceConfig
@@ -30,31 +25,12 @@ from introspect_ray.training.run import prepare as prepare_training
 TESTS = Path(__file__).parents[1]
 QUESTIONS = ["skip me", "raise 1", "nan 1", *(f"question {number}" for number in range(21))]
 BUCKET = "records"
-READ_ONLY = {"Effect": "Allow", "Action": ["s3:ListBucket", "s3:GetObject"], "Resource": "*"}
-
-
-def use(patch, endpoint, key, secret):
-    """What a user's environment says about S3; s3fs keeps connections, which are those of the old environment."""
-    for name, value in (("ENDPOINT_URL", endpoint), ("ACCESS_KEY_ID", key), ("SECRET_ACCESS_KEY", secret)):
-        patch.setenv(f"AWS_{name}", value)
-    patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    patch.setenv("AWS_MAX_ATTEMPTS", "1")
-    s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture(scope="module")
 def server():
-    """The server's URL; the environment points to it, with keys that may do everything."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    running.start()
-    host, port = running.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        use(patch, f"http://{host}:{port}", "everything", "allowed")
-        boto3.client("s3").create_bucket(Bucket=BUCKET)
-        yield f"http://{host}:{port}"
-    running.stop()
-    s3fs.S3FileSystem.clear_instance_cache()
+    with s3_server(BUCKET) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -64,44 +40,6 @@ def cluster(server):  # noqa: ARG001 - the actors inherit the environment
         patch.setenv("PYTHONPATH", str(TESTS), prepend=os.pathsep)
         with connect():
             yield
-
-
-@pytest.fixture
-def reader(server, monkeypatch):
-    """Keys that may list and read, and nothing else; the server checks every request while they are in use."""
-    iam = boto3.client("iam")
-    iam.create_user(UserName="reader")
-    key = iam.create_access_key(UserName="reader")["AccessKey"]
-    policy = json.dumps({"Version": "2012-10-17", "Statement": [READ_ONLY]})
-    iam.put_user_policy(UserName="reader", PolicyName="read", PolicyDocument=policy)
-    before = check_requests(server, "0")
-    use(monkeypatch, server, key["AccessKeyId"], key["SecretAccessKey"])
-    yield
-    check_requests(server, before)
-    iam.delete_user_policy(UserName="reader", PolicyName="read")
-    iam.delete_access_key(UserName="reader", AccessKeyId=key["AccessKeyId"])
-    iam.delete_user(UserName="reader")
-    monkeypatch.undo()
-    s3fs.S3FileSystem.clear_instance_cache()
-
-
-def check_requests(server, after):
-    """Let the server check keys after so many more requests; what was set before."""
-    request = urllib.request.Request(f"{server}/moto-api/reset-auth", after.encode(), {"Content-Type": "text/plain"})
-    with urllib.request.urlopen(request, timeout=10) as response:
-        return json.loads(response.read())["PREVIOUS_INITIAL_NO_AUTH_ACTION_COUNT"]
-
-
-@pytest.fixture
-def closed_port(server, monkeypatch):  # noqa: ARG001
-    """The environment names an endpoint where nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    use(monkeypatch, f"http://127.0.0.1:{port}", "everything", "allowed")
-    yield
-    monkeypatch.undo()
-    s3fs.S3FileSystem.clear_instance_cache()
 
 
 def test_a_folder_in_a_bucket_works_like_a_local_one(server):  # noqa: ARG001
@@ -184,35 +122,35 @@ def test_a_misspelt_bucket_is_refused_and_not_created(server, tmp_path):  # noqa
     assert "s3://recrods/x.jsonl does not exist" in one_line(lambda: load_source(source, "fake", ("mmlu",)))
 
 
-def test_no_permission_to_write(reader, tmp_path):  # noqa: ARG001
-    prepared = prepare(fake_config(tmp_path, QUESTIONS, output=f"s3://{BUCKET}/forbidden"), FakeTask())
-    line = one_line(lambda: begin(prepared, prepared.orders))
+def test_no_permission_to_write(server, tmp_path):
+    with reader(server) as environment, using(environment):
+        prepared = prepare(fake_config(tmp_path, QUESTIONS, output=f"s3://{BUCKET}/forbidden"), FakeTask())
+        line = one_line(lambda: begin(prepared, prepared.orders))
     assert line == f"s3://{BUCKET}/forbidden/config.json cannot be written: Access Denied"
 
 
-def test_keys_that_the_server_does_not_know(reader, server, monkeypatch, tmp_path):  # noqa: ARG001
-    use(monkeypatch, server, "nobody", "nothing")
+def test_keys_that_the_server_does_not_know(server, tmp_path):
     config = fake_config(tmp_path, QUESTIONS, output=f"s3://{BUCKET}/new")
-    assert f"s3://{BUCKET}/new cannot be listed: " in one_line(lambda: prepare(config, FakeTask()))
-    assert "dataset.json cannot be read: " in one_line(lambda: open_dataset(f"s3://{BUCKET}/generated"))
     source = SourceConfig(path=f"s3://{BUCKET}/questions.jsonl")
-    assert "questions.jsonl cannot be read: " in one_line(lambda: load_source(source, "fake", ("mmlu",)))
+    with reader(server), using(s3_environment(server, "nobody", "nothing")):
+        assert f"s3://{BUCKET}/new cannot be listed: " in one_line(lambda: prepare(config, FakeTask()))
+        assert "dataset.json cannot be read: " in one_line(lambda: open_dataset(f"s3://{BUCKET}/generated"))
+        assert "questions.jsonl cannot be read: " in one_line(lambda: load_source(source, "fake", ("mmlu",)))
 
 
-def test_no_keys_at_all(server, monkeypatch, tmp_path):
-    use(monkeypatch, server, "x", "x")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    assert one_line(Folder(f"s3://{BUCKET}/new").names).endswith("cannot be listed: Unable to locate credentials")
-    monkeypatch.undo()
-    s3fs.S3FileSystem.clear_instance_cache()
+def test_no_keys_at_all(server, tmp_path):
+    nowhere = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none")}
+    with using(s3_environment(server) | nowhere) as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.delenv(name)
+        line = one_line(Folder(f"s3://{BUCKET}/new").names)
+    assert line.endswith("cannot be listed: Unable to locate credentials")
 
 
-def test_a_server_that_does_not_answer(closed_port, tmp_path):  # noqa: ARG001
+def test_a_server_that_does_not_answer(server, tmp_path):  # noqa: ARG001 - the environment is put back to it
     config = fake_config(tmp_path, QUESTIONS, output=f"s3://{BUCKET}/new")
-    line = one_line(lambda: prepare(config, FakeTask()))
-    assert line.startswith(f"s3://{BUCKET}/new cannot be listed: Could not connect to the endpoint URL")
     source = SourceConfig(path=f"s3://{BUCKET}/questions.jsonl")
-    assert "questions.jsonl cannot be read: Could not connect" in one_line(lambda: load_source(source, "f", ("mmlu",)))
+    with using(s3_environment(f"http://127.0.0.1:{closed_port()}")):
+        line = one_line(lambda: prepare(config, FakeTask()))
+        assert line.startswith(f"s3://{BUCKET}/new cannot be listed: Could not connect to the endpoint URL")
+        assert "cannot be read: Could not connect" in one_line(lambda: load_source(source, "fake", ("mmlu",)))
