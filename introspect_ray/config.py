@@ -207,6 +207,24 @@ class InspectConfig(Config):
     """Records of every split that the page shows."""
 
 
+class ConvertConfig(Config):
+    """jobs/convert_dataset.py: between our datasets and the layouts that P1 published."""
+
+    action: Literal["to_published", "from_published", "pickles"] = "to_published"
+    """`to_published`: a dataset as published Parquet files; `from_published`: such files as a dataset; `pickles`:
+    published pickles, or a tar of them, as safetensors and Parquet."""
+    source: str = "runs/dataset"
+    """What is converted: a folder, or for pickles a file (any fsspec URL)."""
+    output: str = "runs/converted"
+    """A new folder (any fsspec URL)."""
+    target: ModelConfig = ModelConfig()
+    """The model that the records are about; only its tokenizer and config are read."""
+    records_per_shard: Annotated[int, Field(ge=1)] = 4096
+    """Records of one shard of a dataset that is made of published files."""
+    vector_dtype: Literal["float16", "float32"] = "float16"
+    """Dtype of vectors in such a dataset."""
+
+
 class LoraConfig(Config):
     """Low-rank adapters; P1 patching defaults."""
 

@@ -53,7 +53,10 @@ def _read(path: str) -> bytes:
             fsspec.open(path, "rb", compression="infer") as file,
         ):
             return file.read()
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        # fsspec says "not found" of a web server that does not answer, too.
+        if path.startswith(("http://", "https://")) and error.__cause__ is not None:
+            raise UserError(f"source {path} cannot be read: {error.__cause__}") from None
         raise UserError(f"source {path} does not exist") from None
     except IsADirectoryError:
         raise UserError(f"source {path} is a folder, expected a file") from None

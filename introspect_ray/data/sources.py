@@ -150,7 +150,7 @@ def _number(value: Any, kind: type[int] | type[float]) -> Any:
         number = kind(value)
     except (ValueError, OverflowError):
         raise Unusable("wrong_type") from None
-    if kind is int and number != float(value):
+    if kind is int and isinstance(value, float) and number != value:
         raise Unusable("wrong_type")
     return number
 

@@ -94,11 +94,15 @@ class Folder:
         filesystem, root = self._open()
         with storage_errors(f"{self.url} cannot be listed", _ABSENT):
             try:
-                return sorted(entry.rstrip("/").rpartition("/")[2] for entry in filesystem.ls(root, detail=False))
+                entries = filesystem.ls(root, detail=True)
             except FileNotFoundError:
                 return []
             except NotADirectoryError:
-                raise UserError(f"{self.url} is a file, expected a folder") from None
+                raise UserError(f"{self.url} lies in a file, expected a folder") from None
+        # A file lists itself.
+        if [(entry["name"].rstrip("/"), entry["type"]) for entry in entries] == [(root, "file")]:
+            raise UserError(f"{self.url} is a file, expected a folder")
+        return sorted(entry["name"].rstrip("/").rpartition("/")[2] for entry in entries)
 
     def remove(self, name: str) -> None:
         """Delete one file; not an error if it is gone."""

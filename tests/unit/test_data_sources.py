@@ -139,6 +139,8 @@ def test_unusable_rows_are_counted_with_their_reason_and_their_number(tmp_path):
         ({"score": float("nan")}, "score_out_of_range"),
         ({"layer": -1}, "index_out_of_range"),
         ({"index": 1e300}, None),
+        ({"index": 10**400}, None),
+        ({"score": 10**400}, "wrong_type"),
         ({"index": float("inf")}, "wrong_type"),
         ({"index": 2.5}, "wrong_type"),
         ({"accepted": [1]}, "wrong_type"),
