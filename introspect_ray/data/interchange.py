@@ -325,11 +325,10 @@ def _read_ablation(_: PreTrainedTokenizerBase, row: Row, __: int) -> Outcome:
     answers = (row["random_hint_prediction"], row["zeroshot_prediction"])
     if not all(isinstance(value, str) and value.strip() for value in (text, plain, hint, *answers)):
         raise Unreadable("missing_value")
-    start = text.rfind(hint)
-    # The span is what must go so that the plain prompt is left: the hint, and perhaps blanks before it.
+    # The span is what must go so that the plain prompt is left: the hint, with the blanks before it rather than after.
     length = len(text) - len(plain)
-    begins = (place for place in range(start, -1, -1) if text[:place] + text[place + length :] == plain)
-    begin = next(begins, None)
+    begins = (place for place in range(len(text)) if text[:place] + text[place + length :] == plain)
+    begin = next((place for place in begins if text[place : place + length].strip() == hint.strip()), None)
     if begin is None:
         raise Unreadable("hint_not_found")
     with_hint, without = (answer.strip() for answer in answers)
