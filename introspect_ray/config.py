@@ -71,7 +71,7 @@ class SourceConfig(Config):
     """Where the rows come from that a task turns into records."""
 
     path: str = "pocket"
-    """`pocket` for the embedded world, else a file (json, jsonl, csv, parquet; local or any fsspec URL)."""
+    """`pocket` for the embedded world, else a file (json, jsonl, csv, parquet, txt; local or any fsspec URL)."""
     format: Literal["auto", "counterfact", "known_facts", "mmlu", "latent_labels", "text"] = "auto"
     """Row format; `auto` reads it off the columns."""
     limit: Annotated[int, Field(ge=1)] | None = None

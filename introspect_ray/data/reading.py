@@ -1,4 +1,4 @@
-"""Rows of a json, jsonl, csv or parquet file, local or remote, compressed or not, as plain dicts."""
+"""Rows of a json, jsonl, csv, parquet or txt file, local or remote, compressed or not, as plain dicts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import lzma
+import re
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -27,7 +28,14 @@ def read_rows(path: str) -> list[RawRow]:
     """All rows of a file in file order. Every problem of the file as a whole is a UserError that names it."""
     name = PurePosixPath(path.split("?")[0])
     kind = PurePosixPath(name.stem).suffix if name.suffix.lower() in _COMPRESSIONS else name.suffix
-    readers = {".json": _json, ".jsonl": _jsonl, ".ndjson": _jsonl, ".csv": _csv, ".parquet": _parquet}
+    readers = {
+        ".json": _json,
+        ".jsonl": _jsonl,
+        ".ndjson": _jsonl,
+        ".csv": _csv,
+        ".parquet": _parquet,
+        ".txt": _paragraphs,
+    }
     if kind.lower() not in readers:
         expected = ", ".join(readers)
         raise UserError(
@@ -106,6 +114,14 @@ def _csv(path: str, content: bytes) -> list[Any]:
         if len(row) > len(header):
             raise UserError(f"source {path}, row {number} has {len(row)} columns, the header has {len(header)}")
     return [dict(zip(header, row, strict=False)) for row in rows]
+
+
+def _paragraphs(path: str, content: bytes) -> list[Any]:
+    """One text per paragraph where blank lines part them, else one per line."""
+    lines = [line.strip() for line in _text(path, content).strip().split("\n")]
+    text = "\n".join(lines)
+    parts = re.split(r"\n{2,}", text) if "" in lines else lines
+    return [{"text": part} for part in parts]
 
 
 def _parquet(path: str, content: bytes) -> list[Any]:

@@ -169,6 +169,19 @@ def test_plain_texts(tmp_path):
     assert source.rejected == [(1, "empty_text"), (2, "wrong_type")]
 
 
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        ("one\ntwo\r\n three \n", ["one", "two", "three"]),
+        ("one\nstill one\n\n \ntwo\n", ["one\nstill one", "two"]),
+        ("\ufeffonly\u2028this", ["only\u2028this"]),
+    ],
+)
+def test_a_text_file_holds_paragraphs_or_lines(tmp_path, content, texts):
+    (tmp_path / "a.txt").write_bytes(content.encode())
+    assert [row["text"] for row in load(tmp_path / "a.txt", "text").rows] == texts
+
+
 def test_limit_takes_the_first_rows(tmp_path):
     source = load(jsonl(tmp_path / "a.jsonl", [question(f"q{n}") for n in range(9)]), "mmlu", limit=4)
     assert (source.num_rows, [row["row"] for row in source.rows]) == (4, [0, 1, 2, 3])
@@ -198,7 +211,8 @@ BAD_FILES = [
     ("a.parquet", b"PAR1", "is not a complete Parquet file"),
     ("a.csv", b'question,subject\n"open quote,x\n', "is not valid CSV"),
     ("a.csv", b"question,subject,choices,answer\na,b,c,d,e\n", "row 0 has 5 columns, the header has 4"),
-    ("a.txt", ROWS, "the name ends in '.txt', expected one of .json,"),
+    ("a.doc", ROWS, "the name ends in '.doc', expected one of .json,"),
+    ("a.txt", b"a text", "has format text, a_task needs mmlu"),
     ("a", ROWS, "the name ends in 'no suffix'"),
     (
         "a.jsonl",
