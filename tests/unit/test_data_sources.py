@@ -265,3 +265,9 @@ def test_real_files_are_read_whole(name, kind, total):
     assert source.num_rows == total == len(source.rows) + len(source.rejected)
     assert len(source.rows) >= 0.99 * total
     assert {reason for _, reason in source.rejected} <= {"duplicate_row"}
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line():
+    with pytest.raises(UserError, match=r"^source hf://datasets/a/b/c.parquet cannot be read: .*offline") as caught:
+        load("hf://datasets/a/b/c.parquet", "mmlu")
+    assert "\n" not in str(caught.value)
