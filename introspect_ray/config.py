@@ -212,7 +212,7 @@ class ExplainerConfig(Config):
     projection: Literal["auto", "none", "linear"] = "auto"
     """`auto`: a linear map per target layer where the widths differ, none where they are equal."""
     vector_scale: Annotated[float, Field(gt=0)] | None = None
-    """Scale every vector to this multiple of the mean token-embedding norm; none leaves vectors as they are."""
+    """Scale every projected vector to this multiple of the mean token-embedding norm; none leaves it as it is."""
     fitted_projection: str | None = None
     """Folder that fit_projection.py wrote; the linear maps start from it instead of the identity or chance."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 24
@@ -230,8 +230,8 @@ class FitProjectionConfig(Config):
 
     output: str = "runs/projection"
     target: ModelConfig = ModelConfig()
-    explainer: ExplainerConfig = ExplainerConfig()
-    """Its model and `vector_scale` must be those that training uses afterwards."""
+    explainer: ModelConfig = ModelConfig()
+    """The model that the explainer starts from."""
     source: SourceConfig = SourceConfig(limit=4000)
     """Texts: rows with a field `text`, or `pocket`."""
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
@@ -392,7 +392,9 @@ class QuickstartConfig(Config):
     tasks: tuple[TaskName, ...] = ("feature_description", "activation_patching", "input_ablation")
     target: ModelConfig = ModelConfig()
     feature_description: QuickstartTask = QuickstartTask(
-        explainer=ExplainerConfig(vector_scale=2.0), fit_projection=True, optimization=OptimizationConfig(steps=500)
+        explainer=ExplainerConfig(vector_scale=2.0),
+        fit_projection=True,
+        optimization=OptimizationConfig(steps=120, learning_rate=1.5e-4),
     )
     activation_patching: QuickstartTask = QuickstartTask(optimization=OptimizationConfig(steps=600))
     input_ablation: QuickstartTask = QuickstartTask(optimization=OptimizationConfig(steps=450))

@@ -65,7 +65,7 @@ def fit_config(config: QuickstartConfig, task: TaskName) -> FitProjectionConfig:
     return FitProjectionConfig(
         output=f"{config.output}/projections/{task}",
         target=config.target,
-        explainer=of_task(config, task).explainer,
+        explainer=of_task(config, task).explainer.model,
         source=config.texts,
     )
 

@@ -45,7 +45,7 @@ class ExplainerCard(_Card):
     frame: Frame
     projection: ProjectionKind
     vector_norm: float | None
-    """Norm that every vector is scaled to before it is projected; none leaves vectors as they are."""
+    """Norm that every vector is scaled to after it is projected; none leaves vectors as they are."""
     max_new_tokens: int
 
 

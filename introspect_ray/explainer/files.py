@@ -52,7 +52,7 @@ def create_parts(config: ExplainerConfig, target: TargetInfo, seed: int) -> Part
         placeholders=placeholders,
         frame=Frame.of(tokenizer),
         projection=projections.kind,
-        vector_norm=vector_norm_of(config, model),
+        vector_norm=_vector_norm(config, model),
         max_new_tokens=config.max_new_tokens,
     )
     return model, tokenizer, projections.to(weight.device).requires_grad_(False), card
@@ -168,8 +168,8 @@ def input_embeddings(model: PreTrainedModel, ids: Int[Tensor, " N"]) -> Float[Te
     return embeddings(ids.to(embedding_weight(model).device)).float()
 
 
-def vector_norm_of(config: ExplainerConfig, model: PreTrainedModel) -> float | None:
-    """Norm that every vector is scaled to: `vector_scale` times the mean norm of all token embeddings."""
+def _vector_norm(config: ExplainerConfig, model: PreTrainedModel) -> float | None:
+    """Norm that every projected vector is scaled to: `vector_scale` times the mean norm of all token embeddings."""
     if config.vector_scale is None:
         return None
     ids = torch.arange(embedding_weight(model).shape[0])

@@ -33,7 +33,6 @@ class AlignmentCard(BaseModel):
     target_width: int
     explainer_path: str
     explainer_width: int
-    vector_scale: float | None
     layers: tuple[int, ...]
     num_pairs: int
     """Pairs of tokens that the maps were fitted on."""

@@ -138,7 +138,7 @@ class Explainer(nn.Module):
         """Token embeddings with projected vectors in place of the placeholders, attention mask and positions."""
         embeds = self.causal.get_input_embeddings()(batch.ids)
         if len(batch.layers):
-            projected = self.projections(scaled(batch.vectors, self.card.vector_norm), batch.layers).to(embeds.dtype)
+            projected = scaled(self.projections(batch.vectors, batch.layers), self.card.vector_norm).to(embeds.dtype)
             # Out of place: embeddings are a leaf's view, and an in-place write would cut or corrupt their gradient.
             embeds = embeds.index_put((batch.vector_rows, batch.vector_columns), projected)
         if side == "right":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from introspect_ray.config import ExplainerConfig, FitProjectionConfig, resolved
+from introspect_ray.config import FitProjectionConfig, resolved
 from introspect_ray.data.identity import identify_target
 from introspect_ray.data.sources import load_source
 from introspect_ray.data.storage import TEMPORARY, Folder
@@ -39,7 +39,7 @@ def fit_projection(config: FitProjectionConfig, progress: Callable[[int, int], N
     Raises:
         UserError: bad input, before any model loads, or an output folder of something else.
     """
-    target, base = identify_target(config.target), identify_target(config.explainer.model)
+    target, base = identify_target(config.target), identify_target(config.explainer)
     if config.layers is not None and (not config.layers or max(config.layers) >= target.num_layers):
         raise UserError(
             f"layers is {list(config.layers)}, but {target.path} has {target.num_layers} layers:"
@@ -58,8 +58,7 @@ def fit_projection(config: FitProjectionConfig, progress: Callable[[int, int], N
 
 def _relevant(config: FitProjectionConfig) -> dict[str, object]:
     """The config without what cannot change the maps; texts and models are known by their contents."""
-    explainer = ExplainerConfig(vector_scale=config.explainer.vector_scale)
-    update = {"output": "", "explainer": explainer, "target": explainer.model, "source": FitProjectionConfig().source}
+    update = {name: getattr(FitProjectionConfig(), name) for name in ("output", "target", "explainer", "source")}
     return resolved(config.model_copy(update=update))
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from explainer_helpers import model_folder
 from safetensors.torch import save_file
-from training_helpers import train_config
+from training_helpers import train_config, write_dataset
 
 from introspect_ray.config import ExplainerConfig, FitProjectionConfig, ModelConfig
 from introspect_ray.errors import UserError
@@ -71,7 +71,7 @@ def fit_config(tmp_path, **options) -> FitProjectionConfig:
     content = {
         "output": str(tmp_path / "fitted"),
         "target": {"path": str(folder), "device": "cpu"},
-        "explainer": {"model": {"path": str(folder), "device": "cpu"}, "vector_scale": 2.0},
+        "explainer": {"path": str(folder), "device": "cpu"},
         "source": {"path": str(tmp_path / "texts.jsonl")},
     }
     return FitProjectionConfig.model_validate({**content, **options})
@@ -85,7 +85,7 @@ def test_fitted_maps_start_an_explainer(tmp_path):
     assert card == first.card and card.layers == (0, 1) and card.num_unaligned == 0
     assert card.num_pairs == sum(len(text) for text in TEXTS)
     assert set(card.explained) == {0, 1} and all(share <= 1 for share in card.explained.values())
-    config = fit_config(tmp_path).explainer.model_copy(update={"fitted_projection": str(tmp_path / "fitted")})
+    config = ExplainerConfig(model=fit_config(tmp_path).explainer, fitted_projection=str(tmp_path / "fitted"))
     run = prepare(train_config(tmp_path, explainer=config.model_dump()))
     explainer = Explainer.create(config, run.target, seed=0)
     maps = read_maps(str(tmp_path / "fitted"))
@@ -108,9 +108,10 @@ def test_layer_out_of_range_is_refused(tmp_path):
 
 def test_training_refuses_maps_that_were_fitted_for_something_else(tmp_path):
     fit_projection(fit_config(tmp_path), lambda *_: None)
-    explainer = fit_config(tmp_path).explainer.model_dump() | {"fitted_projection": str(tmp_path / "fitted")}
-    with pytest.raises(UserError, match=r"is for explainer.vector_scale 2.0, expected 3.0"):
-        prepare(train_config(tmp_path, explainer=explainer | {"vector_scale": 3.0}))
+    explainer = {"model": fit_config(tmp_path).explainer.model_dump(), "fitted_projection": str(tmp_path / "fitted")}
+    write_dataset(tmp_path / "other", width=20)
+    with pytest.raises(UserError, match=r"is for targets of width 32, expected 20"):
+        prepare(train_config(tmp_path, explainer=explainer, datasets=[str(tmp_path / "other")]))
     weights = {f"{layer}.weight": torch.full((32, 32), float("nan")) for layer in (0, 1)}
     save_file(weights, tmp_path / "fitted" / "projections.safetensors")
     with pytest.raises(UserError, match="layer 0 has no finite map of 32 x 32"):
