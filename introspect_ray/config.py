@@ -396,8 +396,8 @@ class QuickstartConfig(Config):
         fit_projection=True,
         optimization=OptimizationConfig(steps=120, learning_rate=1.5e-4),
     )
-    activation_patching: QuickstartTask = QuickstartTask(optimization=OptimizationConfig(steps=600))
-    input_ablation: QuickstartTask = QuickstartTask(optimization=OptimizationConfig(steps=450))
+    activation_patching: QuickstartTask = QuickstartTask(optimization=OptimizationConfig(steps=700))
+    input_ablation: QuickstartTask = QuickstartTask(optimization=OptimizationConfig(steps=500))
     features: FeatureDescriptionConfig = POCKET_FEATURES
     """Latents and layout of the queries of feature_description."""
     questions: InputAblationConfig = POCKET_QUESTIONS
