@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -300,16 +300,7 @@ class EvaluateConfig(Config):
 
     runs: tuple[EvaluationRun, ...] = (EvaluationRun(),)
     output: str = "runs/evaluation"
-    methods: tuple[Method, ...] = (
-        "explainer",
-        "majority",
-        "nearest_neighbor",
-        "zero_shot",
-        "no_vector",
-        "zero_vector",
-        "swapped_vector",
-        "self_scales",
-    )
+    methods: tuple[Method, ...] = get_args(Method)
     """Methods that do not apply to a task (a vector control where no vector exists) are left out there."""
     scales: tuple[float, ...] = (1, 5, 10, 25, 50)
     """Norms at which `self_scales` asks the untrained model (P1: SelfIE, best of these)."""

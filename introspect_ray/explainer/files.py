@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +11,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from introspect_ray.config import ExplainerConfig, LoraConfig, ModelConfig
 from introspect_ray.errors import UserError
@@ -30,7 +27,7 @@ from introspect_ray.explainer.card import (
 from introspect_ray.explainer.encoding import Frame, PlaceholderTokens, choose_placeholders
 from introspect_ray.explainer.fitted import read_maps
 from introspect_ray.explainer.projections import Projections, resolve_kind
-from introspect_ray.models.loading import load_model, load_tokenizer
+from introspect_ray.models.loading import load_model, load_tokenizer, no_progress_bar
 
 Parts = tuple[nn.Module, PreTrainedTokenizerBase, Projections, ExplainerCard]
 ADAPTER_FILE = "adapter_config.json"
@@ -86,7 +83,7 @@ def save(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, projections: Projections, card: ExplainerCard, folder: str
 ) -> None:
     """Write every file of an explainer's folder, the card last."""
-    with local_target(folder) as path, _no_progress_bar():
+    with local_target(folder) as path, no_progress_bar():
         (path / CARD_FILE).unlink(missing_ok=True)
         if card.weights == "lora":
             # Embeddings stay out: they are the base model's, and new rows are a function of it (see `_grow`).
@@ -134,18 +131,6 @@ def _base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     placeholders = choose_placeholders(tokenizer)
     _grow(model, len(tokenizer))
     return model, tokenizer, placeholders
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Silences the bar that transformers draws while it writes weights."""
-    was_enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            transformers_logging.enable_progress_bar()
 
 
 @torch.no_grad()

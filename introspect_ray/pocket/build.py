@@ -25,6 +25,7 @@ from introspect_ray.config import (
 )
 from introspect_ray.errors import UserError
 from introspect_ray.interventions.target import Target
+from introspect_ray.models.loading import no_progress_bar
 from introspect_ray.pocket.abilities import measure_abilities
 from introspect_ray.pocket.sparse import build_sae, build_transcoder
 from introspect_ray.pocket.target_training import held_out_loss, train_target
@@ -101,7 +102,8 @@ def _target(
     """Train one target and store it in bfloat16; its loss and its abilities are measured on what is stored."""
     world = World(config.seed)
     model = train_target(shape, tokenizer, world, work / f"{name}.safetensors", config.seed, partial(progress, name))
-    model.bfloat16().save_pretrained(folder)
+    with no_progress_bar():
+        model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     loss = held_out_loss(model.float(), tokenizer, world, shape)
     (folder / "training.json").write_text(json.dumps({"loss": round(loss, 4), "steps": shape.steps}) + "\n")

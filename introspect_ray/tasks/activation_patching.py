@@ -26,8 +26,8 @@ from introspect_ray.interventions.target import Target
 from introspect_ray.interventions.types import CleanRun, Intervention
 from introspect_ray.models.structure import layer_blocks
 from introspect_ray.models.tokens import position_of, token_text
-from introspect_ray.tasks.base import COMMON_FIELDS, OK, Answer, Example, Item, Plan, Record, SplitOf, failed, stable_id
-from introspect_ray.tasks.verdict import VerdictWording
+from introspect_ray.tasks.base import COMMON_FIELDS, OK, Example, Item, Plan, Record, SplitOf, failed, stable_id
+from introspect_ray.tasks.verdict import VerdictTask
 
 KINDS = ("subject_end", "relation", "original_option", "new_option", "other_option", "question")
 """P1's six kinds of positions: the last token of the subject, factual prompt, three options, and whole prompt."""
@@ -53,13 +53,11 @@ class Prompt:
     positions: dict[str, int]
 
 
-class ActivationPatching:
+class ActivationPatching(VerdictTask):
     name: ClassVar[str] = "activation_patching"
-    metrics: ClassVar[tuple[str, ...]] = ("exact_match", "has_changed_f1", "content_match", "parse_rate")
     has_vectors: ClassVar[bool] = True
     breakdowns: ClassVar[Mapping[str, str]] = {"Layer block": "block", "Kind of position": "kind"}
     source_formats: ClassVar[tuple[str, ...]] = ("counterfact", "known_facts")
-    wording: ClassVar[VerdictWording] = VerdictWording()
 
     def schema(self, width: int, config: GenerateConfig) -> pa.Schema:
         vector_type = pa.float16() if config.vector_dtype == "float16" else pa.float32()
@@ -223,15 +221,6 @@ class ActivationPatching:
         head = f'What if layers {layers[0]} to {layers[-1]} had another vector at "{text[start:end].strip()}"?\n'
         query = Query((head + text[:end], Vector(np.asarray(record["vector"], dtype=np.float32), layers), text[end:]))
         return Example(query, self.wording.render(self.truth(record)))
-
-    def truth(self, record: Record) -> Answer:
-        return Answer(record["changed"], record["content"])
-
-    def accepted(self, record: Record) -> tuple[str, ...]:  # noqa: ARG002 - one content is right
-        return ()
-
-    def parse(self, text: str) -> Answer | None:
-        return self.wording.parse(text)
 
     def display(self, record: Record) -> tuple[list[tuple[str, bool]], dict[str, str]]:
         text, start, end = record["text"], record["token_start"], record["token_end"]
