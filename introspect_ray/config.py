@@ -387,10 +387,16 @@ class QuickstartConfig(Config):
         fit_projection=True,
         optimization=OptimizationConfig(steps=120, learning_rate=1.5e-4),
     )
-    activation_patching: QuickstartTask = QuickstartTask(optimization=OptimizationConfig(steps=700))
+    activation_patching: QuickstartTask = QuickstartTask(
+        explainer=ExplainerConfig(vector_scale=2.0),
+        fit_projection=True,
+        optimization=OptimizationConfig(steps=800),
+    )
     input_ablation: QuickstartTask = QuickstartTask(optimization=OptimizationConfig(steps=500))
     features: FeatureDescriptionConfig = POCKET_FEATURES
     """Latents and layout of the queries of feature_description."""
+    pairs: ActivationPatchingConfig = ActivationPatchingConfig(pairs_per_subject=6)
+    """Prompt pairs of activation_patching."""
     questions: InputAblationConfig = POCKET_QUESTIONS
     """Layout of the questions of input_ablation."""
     texts: SourceConfig = FitProjectionConfig().source

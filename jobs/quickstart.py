@@ -55,6 +55,7 @@ def generate_config(config: QuickstartConfig, task: TaskName) -> GenerateConfig:
         target=config.target,
         source=of_task(config, task).source,
         feature_description=config.features,
+        activation_patching=config.pairs,
         input_ablation=config.questions,
         actors=config.actors,
         seed=config.seed,

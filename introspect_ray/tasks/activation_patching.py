@@ -35,7 +35,7 @@ KINDS = ("subject_end", "relation", "original_option", "new_option", "other_opti
 PROMPTS_PER_PASS = 16
 """Clean runs held in memory at once; each is a residual stream and a cache of one prompt."""
 
-MAJORITY_FLOOR = 0.1
+MAJORITY_FLOOR = 0.03
 """Share of the larger class that a (block, kind) cell keeps even where the smaller class is nearly empty."""
 
 
