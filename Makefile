@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 .PHONY: help demo test unit lint types install clean
 
 help:
-	@echo "make demo   install, then generate, train, evaluate and report on the pocket world (about 10 minutes on 2 cores)"
+	@echo "make demo   install, then generate, train, evaluate and report on the pocket world (about 15 minutes on 2 idle cores)"
 	@echo "make test   install, then run all tests"
 	@echo "make unit   only the tests that need no Ray"
 	@echo "make lint   ruff;  make types   mypy"
