@@ -126,6 +126,9 @@ class ActivationPatchingConfig(Config):
     """Validation and test subjects are paired only within groups of this size, so that groups are independent."""
     balance: bool = True
     """Select equally many changed and unchanged records per (block, kind of position) for training and evaluation."""
+    majority_floor: Fraction = 0.03
+    """Share of the larger class that a (block, kind) cell keeps where the smaller one has fewer records, so that no cell
+    is lost because nothing ever changes there."""
 
 
 class InputAblationConfig(Config):
@@ -213,6 +216,9 @@ class ExplainerConfig(Config):
     """`auto`: a linear map per target layer where the widths differ, none where they are equal."""
     vector_scale: Annotated[float, Field(gt=0)] | None = None
     """Scale every projected vector to this multiple of the mean token-embedding norm; none leaves it as it is."""
+    soft_tokens: Annotated[float, Field(gt=0)] | None = None
+    """Replace every projected vector by a mixture of token embeddings, weighted by softmax of this factor times the
+    cosine to each; none leaves it as it is. An explainer reads embeddings well that it saw in all its training."""
     fitted_projection: str | None = None
     """Folder that fit_projection.py wrote; the linear maps start from it instead of the identity or chance."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 24
@@ -222,6 +228,10 @@ class ExplainerConfig(Config):
     def _fit_is_used(self) -> Self:
         if self.fitted_projection is not None and self.projection == "none":
             raise ValueError("fitted_projection needs projection linear or auto, found none")
+        if self.soft_tokens is not None and self.vector_scale is not None:
+            raise ValueError(
+                "soft_tokens and vector_scale exclude each other: a mixture of embeddings has its own length"
+            )
         return self
 
 
@@ -383,7 +393,7 @@ class QuickstartConfig(Config):
     tasks: tuple[TaskName, ...] = ("feature_description", "activation_patching", "input_ablation")
     target: ModelConfig = ModelConfig()
     feature_description: QuickstartTask = QuickstartTask(
-        explainer=ExplainerConfig(vector_scale=2.0),
+        explainer=ExplainerConfig(soft_tokens=30.0),
         fit_projection=True,
         optimization=OptimizationConfig(steps=120, learning_rate=1.5e-4),
     )

@@ -135,6 +135,8 @@ def _text(value: Any) -> str:
         raise Unusable("wrong_type")
     if not value.strip():
         raise Unusable("empty_text")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise Unusable("lone_surrogate")
     return value.strip()
 
 
@@ -146,10 +148,10 @@ def _number(value: Any, kind: type[int] | type[float]) -> Any:
         raise Unusable("wrong_type")
     try:
         number = kind(value)
+        if kind is int and number != float(value):
+            raise Unusable("wrong_type")
     except (ValueError, OverflowError):
         raise Unusable("wrong_type") from None
-    if kind is int and number != float(value):
-        raise Unusable("wrong_type")
     return number
 
 

@@ -46,7 +46,10 @@ METHOD_TEXTS: Mapping[Method, MethodText] = {
     "swapped_vector": MethodText("Vector swapped", "the vector of another, independent query"),
     "nearest_neighbor": MethodText("Nearest neighbour", "the answer of the most similar training query"),
     "majority": MethodText("Majority answer", "the most frequent training answer, always"),
-    "zero_shot": MethodText("Untrained explainer", "the same model and query before any training; vectors enter as they are, without a fitted map"),
+    "zero_shot": MethodText(
+        "Untrained explainer",
+        "the same model and query before any training; vectors enter as they are, without a fitted map",
+    ),
     "self_scales": MethodText(
         "Untrained, best scale", "asked at several vector norms; the best is picked on these records"
     ),

@@ -121,7 +121,7 @@ def fit_alignment(
         explainer_path=config.explainer.path,
         explainer_width=width,
         layers=layers,
-        num_pairs=sum(counts.values()),
+        num_pairs=sum(len(one.tokens) for number, one in enumerate(pairs) if number % config.hold_out_every),
         num_unaligned=sum(one.num_unaligned for one in pairs),
         explained={layer: sums[layer, True].explained(maps[layer]) for layer in layers},
     )

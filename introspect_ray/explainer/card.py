@@ -46,6 +46,8 @@ class ExplainerCard(_Card):
     projection: ProjectionKind
     vector_norm: float | None
     """Norm that every vector is scaled to after it is projected; none leaves vectors as they are."""
+    soft_tokens: float | None = None
+    """Sharpness of the mixture of token embeddings that replaces a projected vector; none leaves it as it is."""
     max_new_tokens: int
 
 

@@ -50,6 +50,7 @@ def create_parts(config: ExplainerConfig, target: TargetInfo, seed: int) -> Part
         frame=Frame.of(tokenizer),
         projection=projections.kind,
         vector_norm=_vector_norm(config, model),
+        soft_tokens=config.soft_tokens,
         max_new_tokens=config.max_new_tokens,
     )
     return model, tokenizer, projections.to(weight.device).requires_grad_(False), card
@@ -101,7 +102,8 @@ def load_parts(folder: str, device: str, dtype: str) -> Parts:
     """Model, tokenizer, projections and card of a saved explainer."""
     card = read_card(folder)
     with local_copy(folder) as path:
-        base = card.base.model_copy(update={"device": device, "dtype": dtype})
+        # What a folder says of running its own code is not this process's consent to run it.
+        base = card.base.model_copy(update={"device": device, "dtype": dtype, "trust_remote_code": False})
         try:
             if card.weights == "lora":
                 import peft

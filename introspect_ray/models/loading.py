@@ -32,6 +32,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
                 trust_remote_code=config.trust_remote_code,
                 dtype=dtype,
                 attn_implementation=config.attention,
+                use_safetensors=True,  # no pickles
                 output_loading_info=True,
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:

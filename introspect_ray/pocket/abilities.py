@@ -1,4 +1,6 @@
-"""What a pocket target can do, each ability a share of greedy next tokens on texts that it never saw in training."""
+"""What a pocket target can do, each ability a share of greedy next tokens: facts in the very sentences that state them in
+training, questions with options and hints that it never saw together.
+"""
 
 from __future__ import annotations
 

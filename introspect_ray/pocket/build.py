@@ -44,6 +44,7 @@ def build_pocket(config: BuildPocketConfig, progress: Progress) -> dict[str, Any
     """Build whatever is missing under `config.output`, write the manifest and return it."""
     output, work = Path(config.output), Path(config.work)
     _claim(work, config)
+    _check_seed(output, config)
     output.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(config.threads)
     world = World(config.seed)
@@ -71,6 +72,15 @@ def _claim(work: Path, config: BuildPocketConfig) -> None:
     claim.write_text(json.dumps({"fingerprint": fingerprint, "config": resolved(config)}, indent=1))
 
 
+def _check_seed(output: Path, config: BuildPocketConfig) -> None:
+    """Refuse to measure one world's models against another world."""
+    if not (output / MANIFEST).exists():
+        return
+    found = json.loads((output / MANIFEST).read_text())["seed"]
+    if found != config.seed:
+        raise UserError(f"{output} holds models of seed {found}, found seed {config.seed}: choose another --output")
+
+
 def _once(folder: Path, build: Callable[[Path], object]) -> None:
     """Build into a partial folder and rename it, so that a folder that exists is whole."""
     if folder.exists():
@@ -83,10 +93,12 @@ def _once(folder: Path, build: Callable[[Path], object]) -> None:
 
 
 def _tokenizer(world: World, folder: Path, config: BuildPocketConfig) -> PreTrainedTokenizerBase:
-    if not folder.exists():
+    def build(unfinished: Path) -> None:
         corpus = Corpus(world, seed=-1)
         texts = (corpus.document().text for _ in range(TOKENIZER_DOCUMENTS))
-        train_tokenizer(texts, config.vocabulary_size).save_pretrained(folder)
+        train_tokenizer(texts, config.vocabulary_size).save_pretrained(unfinished)
+
+    _once(folder, build)
     return AutoTokenizer.from_pretrained(folder)
 
 

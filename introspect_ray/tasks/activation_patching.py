@@ -35,9 +35,6 @@ KINDS = ("subject_end", "relation", "original_option", "new_option", "other_opti
 PROMPTS_PER_PASS = 16
 """Clean runs held in memory at once; each is a residual stream and a cache of one prompt."""
 
-MAJORITY_FLOOR = 0.03
-"""Share of the larger class that a (block, kind) cell keeps even where the smaller class is nearly empty."""
-
 
 def options_text(options: Sequence[str]) -> str:
     return " or ".join(options)
@@ -195,12 +192,14 @@ class ActivationPatching(VerdictTask):
                 "token_end": one.offsets[position][1],
                 "original": original,
                 "content": token_text(target.tokenizer, token),
-                "changed": token != before,
+                "changed": token_text(target.tokenizer, token) != original,
                 "vector": vector.cpu().numpy(),
             }
 
     def select(self, records: pa.Table, config: GenerateConfig) -> list[str] | None:
-        """Equally many changed and unchanged records per (split, block, kind), chosen by record id (a stable hash)."""
+        """Equally many changed and unchanged records per (split, block, kind), chosen by record id (a stable hash).
+
+        A cell whose smaller class is nearly empty keeps a share of its larger class (`majority_floor`)."""
         if not config.activation_patching.balance:
             return None
         cells: dict[tuple[str, int, str], dict[bool, list[str]]] = defaultdict(lambda: {True: [], False: []})
@@ -211,7 +210,7 @@ class ActivationPatching(VerdictTask):
         selected: list[str] = []
         for classes in cells.values():
             smaller, larger = sorted(classes.values(), key=len)
-            keep = max(len(smaller), round(MAJORITY_FLOOR * len(larger)))
+            keep = max(len(smaller), round(config.activation_patching.majority_floor * len(larger)))
             selected += [*smaller, *sorted(larger)[:keep]]
         return sorted(selected)
 

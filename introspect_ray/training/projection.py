@@ -10,6 +10,7 @@ from introspect_ray.data.identity import identify_target
 from introspect_ray.data.sources import load_source
 from introspect_ray.data.storage import TEMPORARY, Folder
 from introspect_ray.errors import UserError
+from introspect_ray.explainer.card import PROJECTIONS_FILE
 from introspect_ray.explainer.fitted import ALIGNMENT_FILE, AlignmentCard, read_alignment, save_alignment
 from introspect_ray.tasks.base import stable_id
 
@@ -64,7 +65,9 @@ def _relevant(config: FitProjectionConfig) -> dict[str, object]:
 
 def _is_there(folder: Folder, key: str) -> bool:
     """Whether the folder holds these very maps. Refuses one that holds something else."""
-    names = [name for name in folder.names() if not name.startswith(TEMPORARY)]
+    # Maps without a card were left by a fit that was stopped before it had written its card: they are fitted again.
+    unfinished = (TEMPORARY, PROJECTIONS_FILE, f".{ALIGNMENT_FILE}")
+    names = [name for name in folder.names() if not name.startswith(unfinished)]
     if not names:
         return False
     if ALIGNMENT_FILE not in names:

@@ -83,7 +83,7 @@ def test_fitted_maps_start_an_explainer(tmp_path):
     assert heard[-1] == (20, 20) and not first.was_complete
     card = read_alignment(str(tmp_path / "fitted"))
     assert card == first.card and card.layers == (0, 1) and card.num_unaligned == 0
-    assert card.num_pairs == sum(len(text) for text in TEXTS)
+    assert card.num_pairs == sum(len(text) for number, text in enumerate(TEXTS) if number % 10)
     assert set(card.explained) == {0, 1} and all(share <= 1 for share in card.explained.values())
     config = ExplainerConfig(model=fit_config(tmp_path).explainer, fitted_projection=str(tmp_path / "fitted"))
     run = prepare(train_config(tmp_path, explainer=config.model_dump()))
@@ -93,6 +93,14 @@ def test_fitted_maps_start_an_explainer(tmp_path):
         assert torch.equal(explainer.projections[str(layer)].weight, maps[layer])
     again = fit_projection(fit_config(tmp_path), lambda *_: pytest.fail("nothing is left to do"))
     assert again.was_complete and again.card == card
+
+
+@pytest.mark.parametrize("left", ["projections.safetensors", ".alignment.json.tmp"])
+def test_a_fit_that_was_stopped_before_its_card_is_done_again(tmp_path, left):
+    (tmp_path / "fitted").mkdir()
+    (tmp_path / "fitted" / left).write_bytes(b"torn")
+    assert not fit_projection(fit_config(tmp_path), lambda *_: None).was_complete
+    assert set(read_maps(str(tmp_path / "fitted"))) == {0, 1}
 
 
 def test_other_texts_or_settings_are_refused_in_the_same_folder(tmp_path):
