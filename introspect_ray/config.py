@@ -127,8 +127,8 @@ class ActivationPatchingConfig(Config):
     balance: bool = True
     """Select equally many changed and unchanged records per (block, kind of position) for training and evaluation."""
     majority_floor: Fraction = 0.03
-    """Share of the larger class that a (block, kind) cell keeps where the smaller one has fewer records, so that no cell
-    is lost because nothing ever changes there."""
+    """Share of the larger class that a (block, kind) cell keeps where the smaller one has fewer records, so that no
+    cell is lost because nothing ever changes there."""
 
 
 class InputAblationConfig(Config):

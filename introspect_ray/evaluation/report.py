@@ -48,7 +48,7 @@ METHOD_TEXTS: Mapping[Method, MethodText] = {
     "majority": MethodText("Majority answer", "the most frequent training answer, always"),
     "zero_shot": MethodText(
         "Untrained explainer",
-        "the same model and query before any training; vectors enter as they are, without a fitted map",
+        "the same model and query before training, without fitted maps",
     ),
     "self_scales": MethodText(
         "Untrained, best scale", "asked at several vector norms; the best is picked on these records"

@@ -1,5 +1,6 @@
-"""What a pocket target can do, each ability a share of greedy next tokens: facts in the very sentences that state them in
-training, questions with options and hints that it never saw together.
+"""What a pocket target can do, each ability a share of greedy next tokens.
+
+Facts are asked for in the very sentences that state them in training, questions with options in a new order.
 """
 
 from __future__ import annotations

@@ -192,7 +192,7 @@ class ActivationPatching(VerdictTask):
                 "token_end": one.offsets[position][1],
                 "original": original,
                 "content": token_text(target.tokenizer, token),
-                "changed": token_text(target.tokenizer, token) != original,
+                "changed": token != before,
                 "vector": vector.cpu().numpy(),
             }
 
