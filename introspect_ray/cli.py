@@ -63,6 +63,9 @@ def _run(
     except RunFailed as error:
         sys.stderr.write(f"failed: {error}\n")
         return 1
+    except OSError as error:
+        sys.stderr.write(f"failed: {error}\n")
+        return 1
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command continues\n")
         return 130

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -126,6 +126,9 @@ class ActivationPatchingConfig(Config):
     """Validation and test subjects are paired only within groups of this size, so that groups are independent."""
     balance: bool = True
     """Select equally many changed and unchanged records per (block, kind of position) for training and evaluation."""
+    majority_floor: Fraction = 0.03
+    """Share of the larger class that a (block, kind) cell keeps where the smaller one has fewer records, so that no
+    cell is lost because nothing ever changes there."""
 
 
 class InputAblationConfig(Config):
@@ -241,7 +244,10 @@ class ExplainerConfig(Config):
     projection: Literal["auto", "none", "linear"] = "auto"
     """`auto`: a linear map per target layer where the widths differ, none where they are equal."""
     vector_scale: Annotated[float, Field(gt=0)] | None = None
-    """Scale every vector to this multiple of the mean token-embedding norm; none leaves vectors as they are."""
+    """Scale every projected vector to this multiple of the mean token-embedding norm; none leaves it as it is."""
+    soft_tokens: Annotated[float, Field(gt=0)] | None = None
+    """Replace every projected vector by a mixture of token embeddings, weighted by softmax of this factor times the
+    cosine to each; none leaves it as it is. An explainer reads embeddings well that it saw in all its training."""
     fitted_projection: str | None = None
     """Folder that fit_projection.py wrote; the linear maps start from it instead of the identity or chance."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 24
@@ -251,6 +257,10 @@ class ExplainerConfig(Config):
     def _fit_is_used(self) -> Self:
         if self.fitted_projection is not None and self.projection == "none":
             raise ValueError("fitted_projection needs projection linear or auto, found none")
+        if self.soft_tokens is not None and self.vector_scale is not None:
+            raise ValueError(
+                "soft_tokens and vector_scale exclude each other: a mixture of embeddings has its own length"
+            )
         return self
 
 
@@ -259,8 +269,8 @@ class FitProjectionConfig(Config):
 
     output: str = "runs/projection"
     target: ModelConfig = ModelConfig()
-    explainer: ExplainerConfig = ExplainerConfig()
-    """Its model and `vector_scale` must be those that training uses afterwards."""
+    explainer: ModelConfig = ModelConfig()
+    """The model that the explainer starts from."""
     source: SourceConfig = SourceConfig(limit=4000)
     """Texts: rows with a field `text`, or `pocket`."""
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
@@ -329,16 +339,7 @@ class EvaluateConfig(Config):
 
     runs: tuple[EvaluationRun, ...] = (EvaluationRun(),)
     output: str = "runs/evaluation"
-    methods: tuple[Method, ...] = (
-        "explainer",
-        "majority",
-        "nearest_neighbor",
-        "zero_shot",
-        "no_vector",
-        "zero_vector",
-        "swapped_vector",
-        "self_scales",
-    )
+    methods: tuple[Method, ...] = get_args(Method)
     """Methods that do not apply to a task (a vector control where no vector exists) are left out there."""
     scales: tuple[float, ...] = (1, 5, 10, 25, 50)
     """Norms at which `self_scales` asks the untrained model (P1: SelfIE, best of these)."""
@@ -421,12 +422,20 @@ class QuickstartConfig(Config):
     tasks: tuple[TaskName, ...] = ("feature_description", "activation_patching", "input_ablation")
     target: ModelConfig = ModelConfig()
     feature_description: QuickstartTask = QuickstartTask(
-        explainer=ExplainerConfig(vector_scale=2.0), fit_projection=True, optimization=OptimizationConfig(steps=500)
+        explainer=ExplainerConfig(soft_tokens=30.0),
+        fit_projection=True,
+        optimization=OptimizationConfig(steps=120, learning_rate=1.5e-4),
     )
-    activation_patching: QuickstartTask = QuickstartTask(optimization=OptimizationConfig(steps=600))
-    input_ablation: QuickstartTask = QuickstartTask(optimization=OptimizationConfig(steps=450))
+    activation_patching: QuickstartTask = QuickstartTask(
+        explainer=ExplainerConfig(vector_scale=2.0),
+        fit_projection=True,
+        optimization=OptimizationConfig(steps=800),
+    )
+    input_ablation: QuickstartTask = QuickstartTask(optimization=OptimizationConfig(steps=500))
     features: FeatureDescriptionConfig = POCKET_FEATURES
     """Latents and layout of the queries of feature_description."""
+    pairs: ActivationPatchingConfig = ActivationPatchingConfig(pairs_per_subject=6)
+    """Prompt pairs of activation_patching."""
     questions: InputAblationConfig = POCKET_QUESTIONS
     """Layout of the questions of input_ablation."""
     texts: SourceConfig = FitProjectionConfig().source

@@ -44,7 +44,10 @@ METHOD_TEXTS: Mapping[Method, MethodText] = {
     "swapped_vector": MethodText("Vector swapped", "the vector of another, independent query"),
     "nearest_neighbor": MethodText("Nearest neighbour", "the answer of the most similar training query"),
     "majority": MethodText("Majority answer", "the most frequent training answer, always"),
-    "zero_shot": MethodText("Untrained explainer", "the same model and query before any training"),
+    "zero_shot": MethodText(
+        "Untrained explainer",
+        "the same model and query before training, without fitted maps",
+    ),
     "self_scales": MethodText(
         "Untrained, best scale", "asked at several vector norms; the best is picked on these records"
     ),

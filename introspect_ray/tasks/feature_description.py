@@ -54,7 +54,8 @@ class FeatureDescription:
                 plan.rejected.append((row["row"], "label_score_too_low"))
                 continue
             kind = "latent" if row["vector"] is None else "activation"
-            group = stable_id(kind, config.feature_description.sae, row["layer"], row["index"])
+            # Not the path: the same SAE must give the same splits wherever it lies.
+            group = stable_id(kind, row["layer"], row["index"])
             split = split_of(group) if kind == "latent" else "train"
             keys = ("layer", "index", "description", "kind", "accepted", "score", "vector")
             item = {key: row[key] for key in keys}

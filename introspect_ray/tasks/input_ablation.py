@@ -21,7 +21,6 @@ from introspect_ray.models.tokens import single_token, token_text
 from introspect_ray.tasks.base import (
     COMMON_FIELDS,
     OK,
-    Answer,
     Example,
     Item,
     Plan,
@@ -31,7 +30,7 @@ from introspect_ray.tasks.base import (
     stable_id,
     too_long,
 )
-from introspect_ray.tasks.verdict import VerdictWording
+from introspect_ray.tasks.verdict import VerdictTask
 
 _SLOT = re.compile(r"\{question\}|\{options\}")
 
@@ -63,14 +62,12 @@ def answers_of(choices: Sequence[str], config: InputAblationConfig) -> list[str]
     return [letter(index) for index in range(len(choices))] if config.answer == "letter" else list(choices)
 
 
-class InputAblation:
+class InputAblation(VerdictTask):
     name: ClassVar[str] = "input_ablation"
-    metrics: ClassVar[tuple[str, ...]] = ("exact_match", "has_changed_f1", "content_match", "parse_rate")
     has_vectors: ClassVar[bool] = False
     breakdowns: ClassVar[Mapping[str, str]] = {"Hint and truth": "hint_is", "Subject": "subject"}
     unshared: ClassVar[tuple[str, ...]] = ()
     source_formats: ClassVar[tuple[str, ...]] = ("mmlu",)
-    wording: ClassVar[VerdictWording] = VerdictWording()
 
     def schema(self, width: int, config: GenerateConfig) -> pa.Schema:  # noqa: ARG002 - no vectors here
         return pa.schema(
@@ -170,15 +167,6 @@ class InputAblation:
     def render(self, record: Record) -> Example:
         query = Query((f"What if the hint was removed?\n{record['text']}",))
         return Example(query, self.wording.render(self.truth(record)))
-
-    def truth(self, record: Record) -> Answer:
-        return Answer(record["changed"], record["content"])
-
-    def accepted(self, record: Record) -> tuple[str, ...]:  # noqa: ARG002 - one content is right
-        return ()
-
-    def parse(self, text: str) -> Answer | None:
-        return self.wording.parse(text)
 
     def display(self, record: Record) -> tuple[list[tuple[str, bool]], dict[str, str]]:
         text, start, end = record["text"], record["hint_start"], record["hint_end"]

@@ -258,7 +258,8 @@ def lopsided_table():
 
 def test_selection_balances_every_cell_and_keeps_a_floor_of_the_larger_class():
     table, rows = lopsided_table()
-    selected = TASK.select(table, CONFIG)
+    floor = GenerateConfig(activation_patching=ActivationPatchingConfig(majority_floor=0.1))
+    selected = TASK.select(table, floor)
     assert len(set(selected)) == len(selected)
     by_id = {row["record_id"]: row for row in rows}
     assert {by_id[one]["status"] for one in selected} == {"ok"}
@@ -272,7 +273,7 @@ def test_selection_balances_every_cell_and_keeps_a_floor_of_the_larger_class():
         ("test", 0, "question", True): 7,
         ("test", 0, "question", False): 7,
     }
-    assert TASK.select(table.take(list(range(table.num_rows))[::-1]), CONFIG) == selected
+    assert TASK.select(table.take(list(range(table.num_rows))[::-1]), floor) == selected
     everything = GenerateConfig(activation_patching=ActivationPatchingConfig(balance=False))
     assert TASK.select(table, everything) is None
 
