@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from introspect_ray.cli import parse, progress_bar, run_job
-from introspect_ray.config import EvaluateConfig, GenerateConfig, InspectConfig, TrainConfig
+from introspect_ray.config import EvaluateConfig, GenerateConfig, InspectConfig, QuickstartConfig, TrainConfig
 from introspect_ray.errors import RunFailed, UserError
 
 
@@ -26,6 +26,15 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
     assert read(GenerateConfig, "--config", file, "--source.limit", "none").source.limit is None
     assert read(GenerateConfig) == GenerateConfig()
     assert read(GenerateConfig, "--config", write(tmp_path, "")) == GenerateConfig()
+
+
+def test_a_section_given_in_part_keeps_its_own_defaults():
+    default = QuickstartConfig().feature_description
+    given = {"feature_description": {"explainer": {"max_new_tokens": 7}, "optimization": {"steps": 3}}}
+    found = QuickstartConfig.model_validate(given).feature_description
+    assert found.explainer == default.explainer.model_copy(update={"max_new_tokens": 7})
+    assert found.optimization == default.optimization.model_copy(update={"steps": 3})
+    assert found.fit_projection == default.fit_projection and default != type(default)()
 
 
 def test_environment_is_not_configuration(monkeypatch):
