@@ -446,7 +446,7 @@ class QuickstartConfig(Config):
     activation_patching: QuickstartTask = QuickstartTask(
         explainer=ExplainerConfig(vector_scale=2.0),
         fit_projection=True,
-        optimization=OptimizationConfig(steps=800),
+        optimization=OptimizationConfig(steps=500),
     )
     input_ablation: QuickstartTask = QuickstartTask(optimization=OptimizationConfig(steps=500))
     features: FeatureDescriptionConfig = POCKET_FEATURES
