@@ -211,7 +211,7 @@ class GenerateConfig(Config):
     """Work items (prompt pairs, questions, latents) per shard: the unit that is written, skipped and redone."""
     vector_dtype: Literal["float16", "float32"] = "float16"
     """Dtype of vectors on disk."""
-    max_failed_share: Fraction = 0.9
+    max_failed_share: Fraction = 0.98
     """The run fails if a larger share of its records ends with a reason instead of a truth."""
     seed: int = 0
 
