@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 .PHONY: help demo test unit lint types install clean
 
 help:
-	@echo "make demo   install, then generate, train, evaluate and report on the pocket world (about 10 minutes on 2 cores)"
+	@echo "make demo   install, then generate, train, evaluate and report on the pocket world (about 15 minutes on 2 idle cores)"
 	@echo "make test   install, then run all tests"
 	@echo "make unit   only the tests that need no Ray"
 	@echo "make lint   ruff;  make types   mypy"
@@ -24,7 +24,7 @@ demo: $(STAMP)
 	$(BIN)/python jobs/quickstart.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests/unit tests/cluster tests/gpu
 
 unit: $(STAMP)
 	$(BIN)/python -m pytest tests/unit

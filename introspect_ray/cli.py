@@ -32,18 +32,28 @@ C = TypeVar("C", bound=Config)
 
 
 def run_job(
-    config_class: type[C], main: Callable[[C], None], description: str, arguments: Sequence[str] | None = None
+    config_class: type[C],
+    main: Callable[[C], None],
+    description: str,
+    arguments: Sequence[str] | None = None,
+    positional: str | None = None,
 ) -> NoReturn:
     """Parse the command line, print the resolved config, call `main(config)`; always ends in `SystemExit`.
 
-    `arguments` stands in for `sys.argv[1:]`.
+    `arguments` stands in for `sys.argv[1:]`. `positional` names the key whose value may stand without its option.
     """
-    sys.exit(_run(config_class, main, description, sys.argv[1:] if arguments is None else arguments))
+    sys.exit(_run(config_class, main, description, sys.argv[1:] if arguments is None else arguments, positional))
 
 
-def _run(config_class: type[C], main: Callable[[C], None], description: str, arguments: Sequence[str]) -> int:
+def _run(
+    config_class: type[C],
+    main: Callable[[C], None],
+    description: str,
+    arguments: Sequence[str],
+    positional: str | None,
+) -> int:
     try:
-        config = parse(config_class, description, arguments)
+        config = parse(config_class, description, arguments, positional)
         sys.stdout.write(as_yaml(config))
         sys.stdout.flush()
         main(config)
@@ -51,6 +61,9 @@ def _run(config_class: type[C], main: Callable[[C], None], description: str, arg
         sys.stderr.write(f"error: {error}\n")
         return 2
     except RunFailed as error:
+        sys.stderr.write(f"failed: {error}\n")
+        return 1
+    except OSError as error:
         sys.stderr.write(f"failed: {error}\n")
         return 1
     except KeyboardInterrupt:
@@ -107,10 +120,10 @@ _Dumper.add_representer(
 )
 
 
-def parse(config_class: type[C], description: str, arguments: Sequence[str]) -> C:
+def parse(config_class: type[C], description: str, arguments: Sequence[str], positional: str | None = None) -> C:
     """The config that a command line describes. Raises UserError; `--help` prints and exits with status 0."""
     flags = {flag.name: flag for flag in _flags(config_class)}
-    found = vars(_parser(config_class, description, flags).parse_args(list(arguments)))
+    found = vars(_parser(config_class, description, flags, positional).parse_args(list(arguments)))
     config_file = found.pop("config")
     tree = read_yaml(config_file) if config_file is not None else {}
     overrides = {name: flags[name].read(words) for name, words in found.items() if words is not None}
@@ -206,15 +219,27 @@ class _Parser(argparse.ArgumentParser):
         return found
 
 
-def _parser(config_class: type[Config], description: str, flags: Mapping[str, _Flag]) -> _Parser:
+def _parser(
+    config_class: type[Config], description: str, flags: Mapping[str, _Flag], positional: str | None
+) -> _Parser:
+    alone = f"[{positional.upper()}] " if positional else ""
     parser = _Parser(
-        usage="%(prog)s [--config FILE.yaml] [--section.field VALUE ...]",
+        usage=f"%(prog)s {alone}[--config FILE.yaml] [--section.field VALUE ...]",
         description=description,
         epilog="Later wins: defaults, then FILE.yaml, then the command line.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.names = tuple(flags)
+    if positional:
+        # Suppressed, because an absent positional would otherwise put its default over the option's value.
+        parser.add_argument(
+            positional,
+            nargs="?",
+            default=argparse.SUPPRESS,
+            metavar=positional.upper(),
+            help=f"the same as --{positional}",
+        )
     parser.add_argument("--config", metavar="FILE.yaml", help="read the config from a YAML file")
     for section, members in _by_section(flags).items():
         group = parser.add_argument_group(section or "top level", _section_text(config_class, section))

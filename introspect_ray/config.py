@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -44,10 +44,27 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _sections_given_in_part(cls, tree: Any) -> Any:
+        """A section of which only some keys are given keeps the others of its own default, not of its class."""
+        if not isinstance(tree, dict):
+            return tree
+        defaults = {name: field.default for name, field in cls.model_fields.items()}
+        return {name: _over(defaults.get(name), value) for name, value in tree.items()}
+
     def fingerprint(self) -> str:
         """16 hex digits that are equal for equal resolved trees, on any machine."""
         canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def _over(default: Any, given: Any) -> Any:
+    """`given` with every key that it lacks taken from the default section, at any depth."""
+    if not (isinstance(default, Config) and isinstance(given, dict)):
+        return given
+    own = {name: getattr(default, name) for name in type(default).model_fields}
+    return own | {name: _over(own.get(name), value) for name, value in given.items()}
 
 
 class ModelConfig(Config):
@@ -81,7 +98,7 @@ class SourceConfig(Config):
     """Where the rows come from that a task turns into records."""
 
     path: str = "pocket"
-    """`pocket` for the embedded world, else a file (json, jsonl, csv, parquet; local or any fsspec URL)."""
+    """`pocket` for the embedded world, else a file (json, jsonl, csv, parquet, txt; local or any fsspec URL)."""
     format: Literal["auto", "counterfact", "known_facts", "mmlu", "latent_labels", "text"] = "auto"
     """Row format; `auto` reads it off the columns."""
     limit: Annotated[int, Field(ge=1)] | None = None
@@ -136,6 +153,9 @@ class ActivationPatchingConfig(Config):
     """Validation and test subjects are paired only within groups of this size, so that groups are independent."""
     balance: bool = True
     """Select equally many changed and unchanged records per (block, kind of position) for training and evaluation."""
+    majority_floor: Fraction = 0.03
+    """Share of the larger class that a (block, kind) cell keeps where the smaller one has fewer records, so that no
+    cell is lost because nothing ever changes there."""
 
 
 class InputAblationConfig(Config):
@@ -201,9 +221,38 @@ class GenerateConfig(Config):
     """Work items (prompt pairs, questions, latents) per shard: the unit that is written, skipped and redone."""
     vector_dtype: Literal["float16", "float32"] = "float16"
     """Dtype of vectors on disk."""
-    max_failed_share: Fraction = 0.9
+    max_failed_share: Fraction = 0.98
     """The run fails if a larger share of its records ends with a reason instead of a truth."""
     seed: int = 0
+
+
+class InspectConfig(Config):
+    """jobs/inspect_dataset.py: verify and summarise a finished dataset."""
+
+    dataset: str = "runs/dataset"
+    """Dataset folder (any fsspec URL); may stand alone, without `--dataset`."""
+    page: str | None = None
+    """HTML page to write (any fsspec URL); none writes `inspection.html` into the dataset folder."""
+    num_examples: Annotated[int, Field(ge=0)] = 4
+    """Records of every split that the page shows."""
+
+
+class ConvertConfig(Config):
+    """jobs/convert_dataset.py: between our datasets and the layouts that P1 published."""
+
+    action: Literal["to_published", "from_published", "pickles"] = "to_published"
+    """`to_published`: a dataset as published Parquet files; `from_published`: such files as a dataset; `pickles`:
+    published pickles, or a tar of them, as safetensors and Parquet."""
+    source: str = "runs/dataset"
+    """What is converted: a folder, or for pickles a file (any fsspec URL)."""
+    output: str = "runs/converted"
+    """A new folder (any fsspec URL)."""
+    target: ModelConfig = ModelConfig()
+    """The model that the records are about; only its tokenizer and config are read."""
+    records_per_shard: Annotated[int, Field(ge=1)] = 4096
+    """Records of one shard of a dataset that is made of published files."""
+    vector_dtype: Literal["float16", "float32"] = "float16"
+    """Dtype of vectors in such a dataset."""
 
 
 class LoraConfig(Config):
@@ -222,7 +271,10 @@ class ExplainerConfig(Config):
     projection: Literal["auto", "none", "linear"] = "auto"
     """`auto`: a linear map per target layer where the widths differ, none where they are equal."""
     vector_scale: Annotated[float, Field(gt=0)] | None = None
-    """Scale every vector to this multiple of the mean token-embedding norm; none leaves vectors as they are."""
+    """Scale every projected vector to this multiple of the mean token-embedding norm; none leaves it as it is."""
+    soft_tokens: Annotated[float, Field(gt=0)] | None = None
+    """Replace every projected vector by a mixture of token embeddings, weighted by softmax of this factor times the
+    cosine to each; none leaves it as it is. An explainer reads embeddings well that it saw in all its training."""
     fitted_projection: str | None = None
     """Folder that fit_projection.py wrote; the linear maps start from it instead of the identity or chance."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 24
@@ -232,6 +284,10 @@ class ExplainerConfig(Config):
     def _fit_is_used(self) -> Self:
         if self.fitted_projection is not None and self.projection == "none":
             raise ValueError("fitted_projection needs projection linear or auto, found none")
+        if self.soft_tokens is not None and self.vector_scale is not None:
+            raise ValueError(
+                "soft_tokens and vector_scale exclude each other: a mixture of embeddings has its own length"
+            )
         return self
 
 
@@ -240,8 +296,8 @@ class FitProjectionConfig(Config):
 
     output: str = "runs/projection"
     target: ModelConfig = ModelConfig()
-    explainer: ExplainerConfig = ExplainerConfig()
-    """Its model and `vector_scale` must be those that training uses afterwards."""
+    explainer: ModelConfig = ModelConfig()
+    """The model that the explainer starts from."""
     source: SourceConfig = SourceConfig(limit=4000)
     """Texts: rows with a field `text`, or `pocket`."""
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
@@ -310,16 +366,7 @@ class EvaluateConfig(Config):
 
     runs: tuple[EvaluationRun, ...] = (EvaluationRun(),)
     output: str = "runs/evaluation"
-    methods: tuple[Method, ...] = (
-        "explainer",
-        "majority",
-        "nearest_neighbor",
-        "zero_shot",
-        "no_vector",
-        "zero_vector",
-        "swapped_vector",
-        "self_scales",
-    )
+    methods: tuple[Method, ...] = get_args(Method)
     """Methods that do not apply to a task (a vector control where no vector exists) are left out there."""
     scales: tuple[float, ...] = (1, 5, 10, 25, 50)
     """Norms at which `self_scales` asks the untrained model (P1: SelfIE, best of these)."""
@@ -402,12 +449,20 @@ class QuickstartConfig(Config):
     tasks: tuple[TaskName, ...] = ("feature_description", "activation_patching", "input_ablation")
     target: ModelConfig = ModelConfig()
     feature_description: QuickstartTask = QuickstartTask(
-        explainer=ExplainerConfig(vector_scale=2.0), fit_projection=True, optimization=OptimizationConfig(steps=500)
+        explainer=ExplainerConfig(soft_tokens=30.0),
+        fit_projection=True,
+        optimization=OptimizationConfig(steps=120, learning_rate=1.5e-4),
     )
-    activation_patching: QuickstartTask = QuickstartTask(optimization=OptimizationConfig(steps=600))
-    input_ablation: QuickstartTask = QuickstartTask(optimization=OptimizationConfig(steps=450))
+    activation_patching: QuickstartTask = QuickstartTask(
+        explainer=ExplainerConfig(vector_scale=2.0),
+        fit_projection=True,
+        optimization=OptimizationConfig(steps=500),
+    )
+    input_ablation: QuickstartTask = QuickstartTask(optimization=OptimizationConfig(steps=500))
     features: FeatureDescriptionConfig = POCKET_FEATURES
     """Latents and layout of the queries of feature_description."""
+    pairs: ActivationPatchingConfig = ActivationPatchingConfig(pairs_per_subject=6)
+    """Prompt pairs of activation_patching."""
     questions: InputAblationConfig = POCKET_QUESTIONS
     """Layout of the questions of input_ablation."""
     texts: SourceConfig = FitProjectionConfig().source

@@ -55,6 +55,7 @@ def generate_config(config: QuickstartConfig, task: TaskName) -> GenerateConfig:
         target=config.target,
         source=of_task(config, task).source,
         feature_description=config.features,
+        activation_patching=config.pairs,
         input_ablation=config.questions,
         actors=config.actors,
         seed=config.seed,
@@ -65,7 +66,7 @@ def fit_config(config: QuickstartConfig, task: TaskName) -> FitProjectionConfig:
     return FitProjectionConfig(
         output=f"{config.output}/projections/{task}",
         target=config.target,
-        explainer=of_task(config, task).explainer,
+        explainer=of_task(config, task).explainer.model,
         source=config.texts,
     )
 

@@ -9,14 +9,19 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 
 from introspect_ray.config import GenerateConfig
+from introspect_ray.data.finish import finish
+from introspect_ray.data.manifest import Manifest
+from introspect_ray.data.prepare import begin, prepare
+from introspect_ray.data.writer import write_shard
 from introspect_ray.errors import UserError
-from introspect_ray.tasks.base import COMMON_FIELDS, OK, Plan, failed, stable_id
+from introspect_ray.explainer.query import Query
+from introspect_ray.tasks.base import COMMON_FIELDS, OK, Example, Plan, failed, stable_id
 
 WIDTH = 8
 
@@ -53,6 +58,9 @@ class FakeTask:
     delay: float = 0.0
     marker: str = ""
     name = "fake"
+    breakdowns: ClassVar = {"Answer": "changed"}
+    unshared = ("text",)
+    has_vectors = True
     source_formats = ("mmlu",)
 
     def schema(self, width, config):
@@ -101,9 +109,25 @@ class FakeTask:
             )
         return records
 
+    def render(self, record):
+        return Example(Query((record["text"],)), str(record["changed"]))
+
+    def display(self, record):
+        return [(record["text"], True)], {"place": "here"}
+
     def select(self, records, config):  # noqa: ARG002
         """The changed ones, so that a selection differs from "all that are ok"."""
         return [row["record_id"] for row in records.to_pylist() if row["status"] == OK and row["changed"]]
+
+
+def make_dataset(config: GenerateConfig, task: Any = None, target: Any = None) -> Manifest:
+    """What the driver and its actors do, in one process; shards that are done are kept."""
+    prepared = prepare(config, task or FakeTask())
+    shards, target = prepared.finished(), target or fake_target(config)
+    todo = [order for order in prepared.orders if order.index not in shards]
+    begin(prepared, todo)
+    shards |= {order.index: write_shard(prepared.task, target, config, order, "run") for order in todo}
+    return finish(prepared, shards)
 
 
 def write_model_config(folder: Path, num_layers: int = 4) -> Path:

@@ -67,9 +67,10 @@ class Dataset:
             read_shard(self.folder, shard, None)
 
     def selection(self) -> pa.Array:
-        """Ids of the selected records."""
+        """Ids of the selected records. Raises UserError if their list is missing or torn."""
         content = _content(self.folder, SELECTION_NAME)
-        return _parse(f"{self.folder.url}/{SELECTION_NAME}", content, None)["record_id"].combine_chunks()
+        table = _parse(f"{self.folder.url}/{SELECTION_NAME}", content, ["record_id"])
+        return table["record_id"].combine_chunks()
 
 
 def open_dataset(url: str, task: str | None = None) -> Dataset:
@@ -88,6 +89,17 @@ def open_dataset(url: str, task: str | None = None) -> Dataset:
 
 def read_shard(folder: Folder, shard: ShardInfo, columns: Sequence[str] | None) -> pa.Table:
     """The records of one shard, checked against the manifest's size and rows; every vector that is there is finite."""
+    table = load_shard(folder, shard, columns)
+    for name, bad in nonfinite_rows(table).items():
+        raise UserError(
+            f"{folder.url}/{shard.name}, row {bad[0]}: column {name!r} holds a NaN or infinite value,"
+            " expected finite numbers"
+        )
+    return table
+
+
+def load_shard(folder: Folder, shard: ShardInfo, columns: Sequence[str] | None) -> pa.Table:
+    """The records of one shard, vectors unchecked. Raises UserError if size or rows are not the manifest's."""
     content = _content(folder, shard.name)
     _check_size(folder, shard, len(content))
     where = f"{folder.url}/{shard.name}"
@@ -96,13 +108,16 @@ def read_shard(folder: Folder, shard: ShardInfo, columns: Sequence[str] | None) 
         raise UserError(
             f"{where} has {table.num_rows} rows, dataset.json says {shard.num_rows}: generate the dataset again"
         )
-    for name in vector_columns(table.schema):
-        bad = np.flatnonzero(~np.isfinite(vector_matrix(table[name])[0]).all(axis=1))
-        if len(bad):
-            raise UserError(
-                f"{where}, row {bad[0]}: column {name!r} holds a NaN or infinite value, expected finite numbers"
-            )
     return table.replace_schema_metadata(None)
+
+
+def nonfinite_rows(table: pa.Table) -> dict[str, list[int]]:
+    """Vector column -> numbers of the rows whose vector holds a NaN or an infinity; clean columns are left out."""
+    found = {
+        name: np.flatnonzero(~np.isfinite(vector_matrix(table[name])[0]).all(axis=1)).tolist()
+        for name in vector_columns(table.schema)
+    }
+    return {name: rows for name, rows in found.items() if rows}
 
 
 def _content(folder: Folder, name: str) -> bytes:

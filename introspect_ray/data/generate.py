@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import uuid
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -34,7 +35,7 @@ from introspect_ray.data.storage import Folder
 from introspect_ray.data.writer import write_shard
 from introspect_ray.errors import RunFailed, UserError
 from introspect_ray.interventions.target import Target
-from introspect_ray.tasks.base import Task
+from introspect_ray.tasks.base import OK, Task
 from introspect_ray.tasks.registry import get_task
 
 NO_PROGRESS_TIMEOUT_S = 4 * 3600
@@ -75,8 +76,16 @@ class Summary:
         source = self.manifest.source
         selected = ", ".join(f"{count} {split}" for split, count in self.manifest.selected.items())
         rejected = f" and {source.rows - source.used} rejected" if source.rows > source.used else ""
-        records = f"{self.manifest.num_records} records from {source.used} source rows{rejected}"
+        records = f"{self.manifest.num_records} records from {source.used} source rows{rejected}{self._failures}"
         return f"{start}: {records}; selected {selected}"
+
+    @property
+    def _failures(self) -> str:
+        """Records that ended with a reason instead of a truth, by reason."""
+        reasons: Counter[str] = Counter()
+        for counts in self.manifest.counts.values():
+            reasons.update({status: count for status, count in counts.items() if status != OK})
+        return f" ({', '.join(f'{count} {reason}' for reason, count in reasons.most_common())})" if reasons else ""
 
 
 class ShardWorker:
@@ -126,7 +135,7 @@ def generate_dataset(
         records_written = 0
         _report(prepared, done, records_written, progress)
         with connect():
-            _check_resources(config.actors)
+            check_resources(config.actors)
             for order, info in _run(prepared, todo, load_target):
                 done[order.index] = info
                 records_written += info.num_rows
@@ -165,7 +174,7 @@ def _report(
     )
 
 
-def _check_resources(actors: ActorConfig) -> None:
+def check_resources(actors: ActorConfig) -> None:
     """Refuse actors that this machine can never place; a cluster elsewhere may grow, so nothing is said about it."""
     if os.environ.get(ADDRESS_VARIABLE):
         return

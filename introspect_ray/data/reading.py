@@ -1,4 +1,4 @@
-"""Rows of a json, jsonl, csv or parquet file, local or remote, compressed or not, as plain dicts."""
+"""Rows of a json, jsonl, csv, parquet or txt file, local or remote, compressed or not, as plain dicts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import csv
 import io
 import json
 import lzma
+import re
 import zlib
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -14,6 +17,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from introspect_ray.data.storage import storage_errors
 from introspect_ray.errors import UserError
 
 RawRow = dict[str, Any]
@@ -24,7 +28,14 @@ def read_rows(path: str) -> list[RawRow]:
     """All rows of a file in file order. Every problem of the file as a whole is a UserError that names it."""
     name = PurePosixPath(path.split("?")[0])
     kind = PurePosixPath(name.stem).suffix if name.suffix.lower() in _COMPRESSIONS else name.suffix
-    readers = {".json": _json, ".jsonl": _jsonl, ".ndjson": _jsonl, ".csv": _csv, ".parquet": _parquet}
+    readers = {
+        ".json": _json,
+        ".jsonl": _jsonl,
+        ".ndjson": _jsonl,
+        ".csv": _csv,
+        ".parquet": _parquet,
+        ".txt": _paragraphs,
+    }
     if kind.lower() not in readers:
         expected = ", ".join(readers)
         raise UserError(
@@ -43,17 +54,22 @@ def read_rows(path: str) -> list[RawRow]:
 
 
 def _read(path: str) -> bytes:
+    damage = (EOFError, zlib.error, lzma.LZMAError)
     try:
-        with fsspec.open(path, "rb", compression="infer") as file:
+        with (
+            storage_errors(f"source {path} cannot be read", (FileNotFoundError, IsADirectoryError, *damage)),
+            fsspec.open(path, "rb", compression="infer") as file,
+        ):
             return file.read()
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        # fsspec says "not found" of a web server that does not answer, too.
+        if path.startswith(("http://", "https://")) and error.__cause__ is not None:
+            raise UserError(f"source {path} cannot be read: {error.__cause__}") from None
         raise UserError(f"source {path} does not exist") from None
     except IsADirectoryError:
         raise UserError(f"source {path} is a folder, expected a file") from None
-    except (EOFError, zlib.error, lzma.LZMAError) as error:
+    except damage as error:
         raise UserError(f"source {path} is truncated or damaged: {error}") from None
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"source {path} cannot be read: {error}") from None
 
 
 def _text(path: str, content: bytes) -> str:
@@ -66,7 +82,7 @@ def _text(path: str, content: bytes) -> str:
 def _json(path: str, content: bytes) -> list[Any]:
     try:
         rows = json.loads(_text(path, content))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also a number with more digits than Python reads
         raise UserError(f"source {path} is not valid JSON: {error}") from None
     if not isinstance(rows, list):
         raise UserError(f"source {path}: expected a JSON array of rows, found {type(rows).__name__}")
@@ -81,7 +97,7 @@ def _jsonl(path: str, content: bytes) -> list[Any]:
             continue
         try:
             rows.append(json.loads(line))
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"source {path}, line {number} is not valid JSON: {error}") from None
     return rows
 
@@ -92,6 +108,7 @@ def _csv(path: str, content: bytes) -> list[Any]:
         header, *rows = csv.reader(io.StringIO(_text(path, content), newline=""), strict=True)
     except csv.Error as error:
         raise UserError(f"source {path} is not valid CSV: {error}") from None
+    _check_columns(path, header)
     rows = [row for row in rows if row]
     for number, row in enumerate(rows):
         if len(row) > len(header):
@@ -99,8 +116,25 @@ def _csv(path: str, content: bytes) -> list[Any]:
     return [dict(zip(header, row, strict=False)) for row in rows]
 
 
+def _paragraphs(path: str, content: bytes) -> list[Any]:
+    """One text per paragraph where blank lines part them, else one per line."""
+    lines = [line.strip() for line in _text(path, content).strip().split("\n")]
+    text = "\n".join(lines)
+    parts = re.split(r"\n{2,}", text) if "" in lines else lines
+    return [{"text": part} for part in parts]
+
+
 def _parquet(path: str, content: bytes) -> list[Any]:
     try:
-        return pq.read_table(io.BytesIO(content)).to_pylist()
+        with pq.ParquetFile(io.BytesIO(content)) as file:
+            _check_columns(path, file.schema_arrow.names)
+            return file.read().to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"source {path} is not a complete Parquet file: {error}") from None
+
+
+def _check_columns(path: str, names: Sequence[str]) -> None:
+    """Refuse a table of which a row, as a mapping, would lose a column."""
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise UserError(f"source {path} has the column {name!r} twice, expected every name once")

@@ -133,6 +133,8 @@ def _text(value: Any) -> str:
         raise Unusable("missing_value")
     if not isinstance(value, str):
         raise Unusable("wrong_type")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise Unusable("no_unicode_text")  # JSON can spell half of a character, which no file or model takes
     if not value.strip():
         raise Unusable("empty_text")
     return value.strip()
@@ -148,7 +150,7 @@ def _number(value: Any, kind: type[int] | type[float]) -> Any:
         number = kind(value)
     except (ValueError, OverflowError):
         raise Unusable("wrong_type") from None
-    if kind is int and number != float(value):
+    if kind is int and isinstance(value, float) and number != value:
         raise Unusable("wrong_type")
     return number
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,73 +19,105 @@ TEMPORARY = ".tmp-"
 """Names that begin so are writes that were interrupted; nobody reads them."""
 
 
+_OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "abfs", "az")
+"""Schemes without folders. There, s3fs would answer a request for one by creating the bucket, misspelt or not."""
+_ABSENT = (FileNotFoundError, NotADirectoryError)
+
+
+@contextmanager
+def storage_errors(what: str, passed: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Whatever a file system raises inside the block becomes a UserError `WHAT: REASON`, except what is `passed`."""
+    as_they_are: tuple[type[Exception], ...] = (UserError, *passed)
+    try:
+        yield
+    except as_they_are:
+        raise
+    except Exception as error:  # every backend has its own; botocore's are not even OSErrors
+        lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
+        raise UserError(f"{what}: {lines[0] if lines else type(error).__name__}") from error
+
+
 @dataclass(frozen=True)
 class Folder:
-    """A folder by its URL (`s3://`, `file://`, `memory://`, or a plain path). Ships to other processes as that URL."""
+    """A folder by its URL (`s3://`, `file://`, `memory://`, or a plain path). Ships to other processes as that URL.
+
+    Keys, endpoint and retries of an object store come from its usual environment variables and config files. Every
+    method raises UserError where the storage refuses or cannot be reached.
+    """
 
     url: str
 
     def _open(self) -> tuple[fsspec.AbstractFileSystem, str]:
         # Listings that s3fs caches go stale while other processes write.
         options: dict[str, Any] = {"use_listings_cache": False} if self.url.startswith(("s3://", "s3a://")) else {}
-        try:
+        with storage_errors(f"{self.url} is not a path or URL that can be opened"):
             filesystem, path = fsspec.core.url_to_fs(self.url, **options)
-        except (ValueError, ImportError) as error:
-            raise UserError(f"{self.url} is not a path or URL that can be opened: {error}") from None
         return filesystem, path.rstrip("/")
 
     def size(self, name: str) -> int | None:
         """Bytes of a file; None if there is no such file."""
         filesystem, root = self._open()
-        try:
+        with storage_errors(f"{self.url}/{name} cannot be read", _ABSENT), suppress(*_ABSENT):
             return int(filesystem.info(f"{root}/{name}")["size"])
-        except FileNotFoundError:
-            return None
+        return None
 
     def read(self, name: str) -> bytes:
-        """The whole file. Raises FileNotFoundError."""
+        """The whole file. Raises FileNotFoundError or NotADirectoryError if it is not there."""
         filesystem, root = self._open()
-        return filesystem.cat_file(f"{root}/{name}")
+        with storage_errors(f"{self.url}/{name} cannot be read", _ABSENT):
+            return filesystem.cat_file(f"{root}/{name}")
 
     def open(self, name: str) -> io.IOBase:
         """The file for random access, e.g. to read only the footer of a shard. Raises FileNotFoundError."""
         filesystem, root = self._open()
-        return filesystem.open(f"{root}/{name}", "rb")
+        with storage_errors(f"{self.url}/{name} cannot be read", _ABSENT):
+            return filesystem.open(f"{root}/{name}", "rb")
 
     def write(self, name: str, content: bytes) -> None:
         """Create or replace a file so that readers see the old content or the new, and nothing between.
 
-        Local files are written under a temporary name and renamed; on object stores one put is atomic.
+        Local files are written under a temporary name and renamed; on object stores one put is atomic. A bucket that
+        does not exist is not created.
         """
         filesystem, root = self._open()
         path = f"{root}/{name}"
-        parent, _, last = path.rpartition("/")
-        filesystem.makedirs(parent, exist_ok=True)
-        if not isinstance(filesystem, LocalFileSystem):
+        with storage_errors(f"{self.url}/{name} cannot be written"):
+            if isinstance(filesystem, LocalFileSystem):
+                _write_local(filesystem, path, content)
+                return
+            if self.url.partition("://")[0] not in _OBJECT_STORES:
+                filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
             filesystem.pipe_file(path, content)
-            return
-        temporary = f"{parent}/{TEMPORARY}{uuid.uuid4().hex}-{last}"
-        try:
-            filesystem.pipe_file(temporary, content)
-            os.replace(temporary, path)  # noqa: PTH105 - fsspec's own move copies across file systems, which is not atomic
-        finally:
-            if filesystem.exists(temporary):
-                filesystem.rm_file(temporary)
 
     def names(self) -> list[str]:
         """Names of the files and folders directly inside, sorted; empty if the folder does not exist."""
         filesystem, root = self._open()
-        try:
-            return sorted(entry.rstrip("/").rpartition("/")[2] for entry in filesystem.ls(root, detail=False))
-        except FileNotFoundError:
-            return []
-        except NotADirectoryError:
-            raise UserError(f"{self.url} is a file, expected a folder") from None
+        with storage_errors(f"{self.url} cannot be listed", _ABSENT):
+            try:
+                entries = filesystem.ls(root, detail=True)
+            except FileNotFoundError:
+                return []
+            except NotADirectoryError:
+                raise UserError(f"{self.url} lies in a file, expected a folder") from None
+        # A file lists itself.
+        if [(entry["name"].rstrip("/"), entry["type"]) for entry in entries] == [(root, "file")]:
+            raise UserError(f"{self.url} is a file, expected a folder")
+        return sorted(entry["name"].rstrip("/").rpartition("/")[2] for entry in entries)
 
     def remove(self, name: str) -> None:
         """Delete one file; not an error if it is gone."""
         filesystem, root = self._open()
-        try:
+        with storage_errors(f"{self.url}/{name} cannot be deleted", _ABSENT), suppress(FileNotFoundError):
             filesystem.rm_file(f"{root}/{name}")
-        except FileNotFoundError:
-            return
+
+
+def _write_local(filesystem: LocalFileSystem, path: str, content: bytes) -> None:
+    parent, _, last = path.rpartition("/")
+    filesystem.makedirs(parent, exist_ok=True)
+    temporary = f"{parent}/{TEMPORARY}{uuid.uuid4().hex}-{last}"
+    try:
+        filesystem.pipe_file(temporary, content)
+        os.replace(temporary, path)  # noqa: PTH105 - fsspec's own move copies across file systems, which is not atomic
+    finally:
+        if filesystem.exists(temporary):
+            filesystem.rm_file(temporary)

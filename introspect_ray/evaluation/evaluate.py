@@ -220,7 +220,7 @@ def cross_breakdown(
         values = [by_id[row.record_id].get(column) for column in columns]
         labels = tuple(column_label(value) for value in values)
         cells.setdefault(labels, []).append(row)
-        order[labels] = tuple(_sort_key(value) for value in values)
+        order[labels] = tuple(column_order(value) for value in values)
     metric = METRICS[task.metrics[0]]
     return {
         labels: bootstrap_intervals(cells[labels], [metric], bootstrap)[metric.name]
@@ -245,7 +245,7 @@ def column_label(value: Any) -> str:
     return str(value).replace("_", " ")
 
 
-def _sort_key(value: Any) -> tuple[Any, ...]:
+def column_order(value: Any) -> tuple[Any, ...]:
     """Numbers and lists of numbers by value, then texts, nulls last."""
     if hasattr(value, "tolist"):
         value = value.tolist()

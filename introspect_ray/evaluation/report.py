@@ -1,7 +1,7 @@
 """The report: one self-contained HTML page.
 
-It loads nothing: its style, script and plots are inline, and a content security policy forbids the rest. All
-text reaches it through an escaping template or as JSON that the script writes as text, never as markup.
+It loads nothing: its style, script and plots are inline (see page.py). Text reaches the script as JSON, which it writes
+as text, never as markup.
 """
 
 from __future__ import annotations
@@ -10,17 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from introspect_ray.config import Method
 from introspect_ray.evaluation.charts import CurvePlot, curve_plot
 from introspect_ray.evaluation.evaluate import TaskEvaluation, breakdown, column_label, cross_breakdown
 from introspect_ray.evaluation.intervals import Interval
 from introspect_ray.evaluation.metrics import METRICS, Metric, exact_match
-from introspect_ray.evaluation.scores import format_value
+from introspect_ray.evaluation.page import render_page
 from introspect_ray.tasks.base import Record, Task, stable_id
 
-_MAX_GRID_SIDE = 12
+MAX_GRID_SIDE = 12
 """A heatmap with more rows or columns than this is left out."""
 
 TASK_PHRASES: Mapping[str, str] = {
@@ -46,7 +44,10 @@ METHOD_TEXTS: Mapping[Method, MethodText] = {
     "swapped_vector": MethodText("Vector swapped", "the vector of another, independent query"),
     "nearest_neighbor": MethodText("Nearest neighbour", "the answer of the most similar training query"),
     "majority": MethodText("Majority answer", "the most frequent training answer, always"),
-    "zero_shot": MethodText("Untrained explainer", "the same model and query before any training"),
+    "zero_shot": MethodText(
+        "Untrained explainer",
+        "the same model and query before training, without fitted maps",
+    ),
     "self_scales": MethodText(
         "Untrained, best scale", "asked at several vector norms; the best is picked on these records"
     ),
@@ -139,7 +140,7 @@ def build_task_report(
     if len(tables) >= 2:
         (row_title, row_column), (column_title, column_column) = list(task.breakdowns.items())[:2]
         rows, columns = ([label for label, _ in tables[title]] for title in (row_title, column_title))
-        if 2 <= len(rows) <= _MAX_GRID_SIDE and 2 <= len(columns) <= _MAX_GRID_SIDE:
+        if 2 <= len(rows) <= MAX_GRID_SIDE and 2 <= len(columns) <= MAX_GRID_SIDE:
             cells = cross_breakdown(task, records, scored, (row_column, column_column), evaluation.bootstrap)
             grid = Grid((row_title, column_title), rows, columns, cells)
     examples = _browsable(task, records, evaluation, num_browsable)
@@ -171,18 +172,8 @@ def _browsable(
 
 def render_report(report: Report) -> str:
     """The page as HTML text."""
-    environment = Environment(
-        loader=PackageLoader("introspect_ray.evaluation", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["score"] = format_value
-    environment.filters["signed"] = lambda value: f"+{format_value(value)}" if value >= 0.005 else format_value(value)
-    environment.filters["percent"] = lambda value: f"{100 * min(1.0, max(0.0, value)):.2f}"
-    template = environment.get_template("report.html")
-    return template.render(report=report, tasks=[_TaskView(task) for task in report.tasks], methods=METHOD_TEXTS)
+    tasks = [_TaskView(task) for task in report.tasks]
+    return render_page("report.html", report=report, summary=report.summary, tasks=tasks, methods=METHOD_TEXTS)
 
 
 class _TaskView:

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from introspect_ray.config import FitProjectionConfig
 from introspect_ray.errors import UserError
-from introspect_ray.explainer.files import embedding_weight, input_embeddings, vector_norm_of
+from introspect_ray.explainer.files import embedding_weight, input_embeddings
 from introspect_ray.explainer.fitted import AlignmentCard
 from introspect_ray.explainer.forward import scaled
 from introspect_ray.interventions.target import Target
@@ -85,20 +85,20 @@ def fit_alignment(
 ) -> tuple[dict[int, Float[Tensor, "E M"]], AlignmentCard]:
     """Maps by layer and their card, which gets `key`; `progress` hears (texts done, texts in all).
 
-    Every token type of the explainer weighs the same, however often it occurs, so that rare words are read as well as
-    frequent ones. Every text whose number is a multiple of `config.hold_out_every` is not fitted on but scored on.
+    Residual vectors enter at length 1, so that attention sinks, many times longer than all others, do not decide the
+    fit. Every token type of the explainer weighs the same, however often it occurs, so that rare words are read as well
+    as frequent ones. Every text whose number is a multiple of `config.hold_out_every` is not fitted on but scored on.
 
     Raises:
         UserError: a model cannot be loaded, a layer is not there, or fewer than two token types align.
     """
     target = Target.load(config.target)
-    explainer, tokenizer = load_model(config.explainer.model), load_tokenizer(config.explainer.model)
+    explainer, tokenizer = load_model(config.explainer), load_tokenizer(config.explainer)
     layers = config.layers if config.layers is not None else tuple(range(target.num_layers))
     pairs = [_align(target, tokenizer, text) for text in texts]
     counts = Counter(token for one in pairs for token in one.tokens.tolist())
     if len(counts) < 2:
         raise UserError(f"the texts align {len(counts)} token types of target and explainer, expected at least 2")
-    norm = vector_norm_of(config.explainer, explainer)
     width = embedding_weight(explainer).shape[1]
     sums = {(layer, held): _Moments.zero(target.width, width) for layer in layers for held in (False, True)}
     done = 0
@@ -109,7 +109,7 @@ def fit_alignment(
             weights = torch.tensor([1 / counts[token] for token in one.tokens.tolist()], dtype=torch.float64)
             embeddings = input_embeddings(explainer, one.tokens).double().cpu()
             for layer in layers:
-                vectors = scaled(run.residuals[layer, one.positions].float(), norm).double().cpu()
+                vectors = scaled(run.residuals[layer, one.positions].float(), 1.0).double().cpu()
                 sums[layer, number % config.hold_out_every == 0].add(vectors, embeddings, weights)
         done += len(numbers)
         progress(done, len(pairs))
@@ -118,11 +118,10 @@ def fit_alignment(
         key=key,
         target_path=config.target.path,
         target_width=target.width,
-        explainer_path=config.explainer.model.path,
+        explainer_path=config.explainer.path,
         explainer_width=width,
-        vector_scale=config.explainer.vector_scale,
         layers=layers,
-        num_pairs=sum(counts.values()),
+        num_pairs=sum(len(one.tokens) for number, one in enumerate(pairs) if number % config.hold_out_every),
         num_unaligned=sum(one.num_unaligned for one in pairs),
         explained={layer: sums[layer, True].explained(maps[layer]) for layer in layers},
     )

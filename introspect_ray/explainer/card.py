@@ -45,7 +45,9 @@ class ExplainerCard(_Card):
     frame: Frame
     projection: ProjectionKind
     vector_norm: float | None
-    """Norm that every vector is scaled to before it is projected; none leaves vectors as they are."""
+    """Norm that every vector is scaled to after it is projected; none leaves vectors as they are."""
+    soft_tokens: float | None = None
+    """Sharpness of the mixture of token embeddings that replaces a projected vector; none leaves it as it is."""
     max_new_tokens: int
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +11,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from introspect_ray.config import ExplainerConfig, LoraConfig, ModelConfig
 from introspect_ray.errors import UserError
@@ -30,7 +27,7 @@ from introspect_ray.explainer.card import (
 from introspect_ray.explainer.encoding import Frame, PlaceholderTokens, choose_placeholders
 from introspect_ray.explainer.fitted import read_maps
 from introspect_ray.explainer.projections import Projections, resolve_kind
-from introspect_ray.models.loading import load_model, load_tokenizer
+from introspect_ray.models.loading import load_model, load_tokenizer, no_progress_bar
 
 Parts = tuple[nn.Module, PreTrainedTokenizerBase, Projections, ExplainerCard]
 ADAPTER_FILE = "adapter_config.json"
@@ -52,7 +49,8 @@ def create_parts(config: ExplainerConfig, target: TargetInfo, seed: int) -> Part
         placeholders=placeholders,
         frame=Frame.of(tokenizer),
         projection=projections.kind,
-        vector_norm=vector_norm_of(config, model),
+        vector_norm=_vector_norm(config, model),
+        soft_tokens=config.soft_tokens,
         max_new_tokens=config.max_new_tokens,
     )
     return model, tokenizer, projections.to(weight.device).requires_grad_(False), card
@@ -86,7 +84,7 @@ def save(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, projections: Projections, card: ExplainerCard, folder: str
 ) -> None:
     """Write every file of an explainer's folder, the card last."""
-    with local_target(folder) as path, _no_progress_bar():
+    with local_target(folder) as path, no_progress_bar():
         (path / CARD_FILE).unlink(missing_ok=True)
         if card.weights == "lora":
             # Embeddings stay out: they are the base model's, and new rows are a function of it (see `_grow`).
@@ -104,7 +102,8 @@ def load_parts(folder: str, device: str, dtype: str) -> Parts:
     """Model, tokenizer, projections and card of a saved explainer."""
     card = read_card(folder)
     with local_copy(folder) as path:
-        base = card.base.model_copy(update={"device": device, "dtype": dtype})
+        # What a folder says of running its own code is not this process's consent to run it.
+        base = card.base.model_copy(update={"device": device, "dtype": dtype, "trust_remote_code": False})
         try:
             if card.weights == "lora":
                 import peft
@@ -136,18 +135,6 @@ def _base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     return model, tokenizer, placeholders
 
 
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Silences the bar that transformers draws while it writes weights."""
-    was_enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            transformers_logging.enable_progress_bar()
-
-
 @torch.no_grad()
 def _grow(model: PreTrainedModel, num_tokens: int) -> None:
     """Give new tokens rows in the embeddings and in the head: the mean of all others, so nothing is drawn at random."""
@@ -168,8 +155,8 @@ def input_embeddings(model: PreTrainedModel, ids: Int[Tensor, " N"]) -> Float[Te
     return embeddings(ids.to(embedding_weight(model).device)).float()
 
 
-def vector_norm_of(config: ExplainerConfig, model: PreTrainedModel) -> float | None:
-    """Norm that every vector is scaled to: `vector_scale` times the mean norm of all token embeddings."""
+def _vector_norm(config: ExplainerConfig, model: PreTrainedModel) -> float | None:
+    """Norm that every projected vector is scaled to: `vector_scale` times the mean norm of all token embeddings."""
     if config.vector_scale is None:
         return None
     ids = torch.arange(embedding_weight(model).shape[0])

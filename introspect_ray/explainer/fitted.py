@@ -33,7 +33,6 @@ class AlignmentCard(BaseModel):
     target_width: int
     explainer_path: str
     explainer_width: int
-    vector_scale: float | None
     layers: tuple[int, ...]
     num_pairs: int
     """Pairs of tokens that the maps were fitted on."""
@@ -48,7 +47,9 @@ def save_alignment(maps: Mapping[int, Float[Tensor, "E M"]], card: AlignmentCard
     with local_target(folder) as path:
         (path / ALIGNMENT_FILE).unlink(missing_ok=True)
         save_file({f"{layer}.weight": weight for layer, weight in maps.items()}, path / PROJECTIONS_FILE)
-        (path / ALIGNMENT_FILE).write_text(json.dumps(card.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+        temporary = path / f".{ALIGNMENT_FILE}.tmp"
+        temporary.write_text(json.dumps(card.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path / ALIGNMENT_FILE)
 
 
 def read_alignment(folder: str) -> AlignmentCard:

@@ -75,6 +75,15 @@ def scaled(vectors: Float[Tensor, "N M"], norm: float | None) -> Float[Tensor, "
     return vectors * (norm / norms.clamp(min=torch.finfo(norms.dtype).tiny))
 
 
+def soft_tokens(
+    vectors: Float[Tensor, "N E"], embeddings: Float[Tensor, "V E"], sharpness: float
+) -> Float[Tensor, "N E"]:
+    """Every vector as a mixture of token embeddings, weighted by softmax(sharpness * cosine). Zero gives their mean."""
+    directions = nn.functional.normalize(embeddings.to(vectors.dtype), dim=-1)
+    weights = (sharpness * nn.functional.normalize(vectors, dim=-1) @ directions.T).softmax(dim=-1)
+    return weights @ embeddings.to(vectors.dtype)
+
+
 def logits_at(
     model: nn.Module, causal: PreTrainedModel, positions: Int[Tensor, " P"], **inputs: Any
 ) -> Float[Tensor, "P V"]:

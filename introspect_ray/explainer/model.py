@@ -23,7 +23,7 @@ from introspect_ray.errors import UserError
 from introspect_ray.explainer import files
 from introspect_ray.explainer.card import ExplainerCard, TargetInfo
 from introspect_ray.explainer.encoding import Encoded, Encoder
-from introspect_ray.explainer.forward import Collated, collate, logits_at, scaled
+from introspect_ray.explainer.forward import Collated, collate, logits_at, scaled, soft_tokens
 from introspect_ray.explainer.projections import Projections
 from introspect_ray.explainer.query import Query, Vector
 
@@ -138,7 +138,10 @@ class Explainer(nn.Module):
         """Token embeddings with projected vectors in place of the placeholders, attention mask and positions."""
         embeds = self.causal.get_input_embeddings()(batch.ids)
         if len(batch.layers):
-            projected = self.projections(scaled(batch.vectors, self.card.vector_norm), batch.layers).to(embeds.dtype)
+            projected = self.projections(batch.vectors, batch.layers)
+            if self.card.soft_tokens is not None:
+                projected = soft_tokens(projected, files.embedding_weight(self.causal), self.card.soft_tokens)
+            projected = scaled(projected, self.card.vector_norm).to(embeds.dtype)
             # Out of place: embeddings are a leaf's view, and an in-place write would cut or corrupt their gradient.
             embeds = embeds.index_put((batch.vector_rows, batch.vector_columns), projected)
         if side == "right":

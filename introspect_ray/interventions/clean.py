@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from introspect_ray.errors import UserError
 from introspect_ray.interventions.forward import batches, edited_layers, padded, selected_logits
 from introspect_ray.interventions.types import CleanRun, KeysValues
-from introspect_ray.models.structure import num_layers, text_config
+from introspect_ray.models.structure import max_positions, num_layers, text_config
 
 TOKENS_PER_BATCH = 8192
 """Padded tokens per clean batch: enough to fill a GPU, and bounds what a batch keeps for later."""
@@ -71,7 +71,7 @@ def next_token_logits(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) 
 def check_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> None:
     """Raises `UserError` if a prompt is empty, longer than the model's positions, or holds an unknown token id."""
     config = text_config(model)
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = max_positions(model)
     if not prompts:
         raise UserError("no prompts given: expected at least one")
     for index, prompt in enumerate(prompts):

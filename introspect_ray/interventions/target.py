@@ -17,7 +17,7 @@ from introspect_ray.interventions.ladder import Ladder
 from introspect_ray.interventions.selfcheck import checked_ladder
 from introspect_ray.interventions.types import CleanRun, Intervention
 from introspect_ray.models.loading import load_model, load_tokenizer
-from introspect_ray.models.structure import decoder_layers, model_width, num_layers
+from introspect_ray.models.structure import decoder_layers, max_positions, model_width, num_layers
 from introspect_ray.models.tokens import Offset, encode_with_offsets
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,11 @@ class Target:
     def width(self) -> int:
         """Width of the residual stream, d_M."""
         return model_width(self.model)
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Tokens that a prompt may have; None if the model sets no bound."""
+        return max_positions(self.model)
 
     @property
     def device(self) -> torch.device:

@@ -31,13 +31,14 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     device = resolve_device(config.device)
     dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
     try:
-        with _no_progress_bar():
+        with no_progress_bar():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 resolve_model_path(config.path),
                 revision=config.revision,
                 trust_remote_code=config.trust_remote_code,
                 dtype=dtype,
                 attn_implementation=config.attention,
+                use_safetensors=True,  # no pickles
                 output_loading_info=True,
                 **_placement(config, device),
             )
@@ -84,8 +85,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Silences the bar that transformers draws while it reads weights."""
+def no_progress_bar() -> Iterator[None]:
+    """Silences the bar that transformers draws while it reads or writes weights."""
     was_enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -72,6 +72,11 @@ def with_block_output(output: Any, hidden: Float[Tensor, "B T D"]) -> Any:
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
+def max_positions(model: nn.Module) -> int | None:
+    """Positions that the model was made for; None if its config sets no bound."""
+    return getattr(text_config(model), "max_position_embeddings", None)
+
+
 def layer_blocks(num_layers: int, num_blocks: int) -> list[tuple[int, ...]]:
     """`num_blocks` blocks of consecutive layers that cover all layers; sizes differ by at most one, larger ones first.
 

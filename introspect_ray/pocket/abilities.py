@@ -1,4 +1,7 @@
-"""What a pocket target can do, each ability a share of greedy next tokens on texts that it never saw in training."""
+"""What a pocket target can do, each ability a share of greedy next tokens.
+
+Facts are asked for in the very sentences that state them in training, questions with options in a new order.
+"""
 
 from __future__ import annotations
 

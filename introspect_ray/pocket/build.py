@@ -25,6 +25,7 @@ from introspect_ray.config import (
 )
 from introspect_ray.errors import UserError
 from introspect_ray.interventions.target import Target
+from introspect_ray.models.loading import no_progress_bar
 from introspect_ray.pocket.abilities import measure_abilities
 from introspect_ray.pocket.sparse import build_sae, build_transcoder
 from introspect_ray.pocket.target_training import held_out_loss, train_target
@@ -43,6 +44,7 @@ def build_pocket(config: BuildPocketConfig, progress: Progress) -> dict[str, Any
     """Build whatever is missing under `config.output`, write the manifest and return it."""
     output, work = Path(config.output), Path(config.work)
     _claim(work, config)
+    _check_seed(output, config)
     output.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(config.threads)
     world = World(config.seed)
@@ -70,6 +72,15 @@ def _claim(work: Path, config: BuildPocketConfig) -> None:
     claim.write_text(json.dumps({"fingerprint": fingerprint, "config": resolved(config)}, indent=1))
 
 
+def _check_seed(output: Path, config: BuildPocketConfig) -> None:
+    """Refuse to measure one world's models against another world."""
+    if not (output / MANIFEST).exists():
+        return
+    found = json.loads((output / MANIFEST).read_text())["seed"]
+    if found != config.seed:
+        raise UserError(f"{output} holds models of seed {found}, found seed {config.seed}: choose another --output")
+
+
 def _once(folder: Path, build: Callable[[Path], object]) -> None:
     """Build into a partial folder and rename it, so that a folder that exists is whole."""
     if folder.exists():
@@ -82,10 +93,12 @@ def _once(folder: Path, build: Callable[[Path], object]) -> None:
 
 
 def _tokenizer(world: World, folder: Path, config: BuildPocketConfig) -> PreTrainedTokenizerBase:
-    if not folder.exists():
+    def build(unfinished: Path) -> None:
         corpus = Corpus(world, seed=-1)
         texts = (corpus.document().text for _ in range(TOKENIZER_DOCUMENTS))
-        train_tokenizer(texts, config.vocabulary_size).save_pretrained(folder)
+        train_tokenizer(texts, config.vocabulary_size).save_pretrained(unfinished)
+
+    _once(folder, build)
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -101,7 +114,8 @@ def _target(
     """Train one target and store it in bfloat16; its loss and its abilities are measured on what is stored."""
     world = World(config.seed)
     model = train_target(shape, tokenizer, world, work / f"{name}.safetensors", config.seed, partial(progress, name))
-    model.bfloat16().save_pretrained(folder)
+    with no_progress_bar():
+        model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     loss = held_out_loss(model.float(), tokenizer, world, shape)
     (folder / "training.json").write_text(json.dumps({"loss": round(loss, 4), "steps": shape.steps}) + "\n")

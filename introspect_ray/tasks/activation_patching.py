@@ -26,17 +26,25 @@ from introspect_ray.interventions.target import Target
 from introspect_ray.interventions.types import CleanRun, Intervention
 from introspect_ray.models.structure import layer_blocks
 from introspect_ray.models.tokens import position_of, token_text
-from introspect_ray.tasks.base import COMMON_FIELDS, OK, Answer, Example, Item, Plan, Record, SplitOf, failed, stable_id
-from introspect_ray.tasks.verdict import VerdictWording
+from introspect_ray.tasks.base import (
+    COMMON_FIELDS,
+    OK,
+    Example,
+    Item,
+    Plan,
+    Record,
+    SplitOf,
+    failed,
+    stable_id,
+    too_long,
+)
+from introspect_ray.tasks.verdict import VerdictTask
 
 KINDS = ("subject_end", "relation", "original_option", "new_option", "other_option", "question")
 """P1's six kinds of positions: the last token of the subject, factual prompt, three options, and whole prompt."""
 
 PROMPTS_PER_PASS = 16
 """Clean runs held in memory at once; each is a residual stream and a cache of one prompt."""
-
-MAJORITY_FLOOR = 0.1
-"""Share of the larger class that a (block, kind) cell keeps even where the smaller class is nearly empty."""
 
 
 def options_text(options: Sequence[str]) -> str:
@@ -53,13 +61,12 @@ class Prompt:
     positions: dict[str, int]
 
 
-class ActivationPatching:
+class ActivationPatching(VerdictTask):
     name: ClassVar[str] = "activation_patching"
-    metrics: ClassVar[tuple[str, ...]] = ("exact_match", "has_changed_f1", "content_match", "parse_rate")
     has_vectors: ClassVar[bool] = True
     breakdowns: ClassVar[Mapping[str, str]] = {"Layer block": "block", "Kind of position": "kind"}
+    unshared: ClassVar[tuple[str, ...]] = ("subject", "other_subject")
     source_formats: ClassVar[tuple[str, ...]] = ("counterfact", "known_facts")
-    wording: ClassVar[VerdictWording] = VerdictWording()
 
     def schema(self, width: int, config: GenerateConfig) -> pa.Schema:
         vector_type = pa.float16() if config.vector_dtype == "float16" else pa.float32()
@@ -123,10 +130,18 @@ class ActivationPatching:
     def _generate_pass(self, target: Target, items: Sequence[Item], config: ActivationPatchingConfig) -> list[Record]:
         """Every block and kind of every item, sharing one clean run per distinct prompt."""
         blocks = layer_blocks(target.num_layers, config.num_blocks)
-        pairs = [
-            (_prompt(target, item, item["subject"], config), _prompt(target, item, item["other_subject"], config))
-            for item in items
-        ]
+        failures: list[Record] = []
+        kept: list[Item] = []
+        pairs: list[tuple[Prompt, Prompt]] = []
+        for item in items:
+            one, other = (_prompt(target, item, item[name], config) for name in ("subject", "other_subject"))
+            if (failure := too_long(target, item, one.ids, other.ids)) is not None:
+                failures.append(failure)
+                continue
+            kept.append(item)
+            pairs.append((one, other))
+        if not pairs:
+            return failures
         distinct = {prompt.text: prompt for pair in pairs for prompt in pair}
         runs = dict(zip(distinct, target.clean_runs([prompt.ids for prompt in distinct.values()]), strict=True))
         cells = [
@@ -155,9 +170,9 @@ class ActivationPatching:
             for (one, _), todo, found in zip(pairs, cells, vectors, strict=True)
         ]
         logits = target.patched_logits([runs[one.text] for one, _ in pairs], interventions)
-        return [
+        return failures + [
             record
-            for item, pair, todo, found, after in zip(items, pairs, cells, vectors, logits, strict=True)
+            for item, pair, todo, found, after in zip(kept, pairs, cells, vectors, logits, strict=True)
             for record in self._records(
                 target, item, pair, runs[pair[0].text], todo, blocks, found, after.argmax(-1).tolist()
             )
@@ -202,7 +217,9 @@ class ActivationPatching:
             }
 
     def select(self, records: pa.Table, config: GenerateConfig) -> list[str] | None:
-        """Equally many changed and unchanged records per (split, block, kind), chosen by record id (a stable hash)."""
+        """Equally many changed and unchanged records per (split, block, kind), chosen by record id (a stable hash).
+
+        A cell whose smaller class is nearly empty keeps a share of its larger class (`majority_floor`)."""
         if not config.activation_patching.balance:
             return None
         cells: dict[tuple[str, int, str], dict[bool, list[str]]] = defaultdict(lambda: {True: [], False: []})
@@ -213,7 +230,7 @@ class ActivationPatching:
         selected: list[str] = []
         for classes in cells.values():
             smaller, larger = sorted(classes.values(), key=len)
-            keep = max(len(smaller), round(MAJORITY_FLOOR * len(larger)))
+            keep = max(len(smaller), round(config.activation_patching.majority_floor * len(larger)))
             selected += [*smaller, *sorted(larger)[:keep]]
         return sorted(selected)
 
@@ -223,15 +240,6 @@ class ActivationPatching:
         head = f'What if layers {layers[0]} to {layers[-1]} had another vector at "{text[start:end].strip()}"?\n'
         query = Query((head + text[:end], Vector(np.asarray(record["vector"], dtype=np.float32), layers), text[end:]))
         return Example(query, self.wording.render(self.truth(record)))
-
-    def truth(self, record: Record) -> Answer:
-        return Answer(record["changed"], record["content"])
-
-    def accepted(self, record: Record) -> tuple[str, ...]:  # noqa: ARG002 - one content is right
-        return ()
-
-    def parse(self, text: str) -> Answer | None:
-        return self.wording.parse(text)
 
     def display(self, record: Record) -> tuple[list[tuple[str, bool]], dict[str, str]]:
         text, start, end = record["text"], record["token_start"], record["token_end"]

@@ -21,6 +21,9 @@ from introspect_ray.interventions.target import Target
 OK = "ok"
 """Status of a record that holds a truth; any other status is the reason why it does not."""
 
+PROMPT_TOO_LONG = "prompt_too_long"
+"""Status of an item whose prompt has more tokens than the target takes."""
+
 Record = dict[str, Any]
 Item = dict[str, Any]
 SplitOf = Callable[[str], str]
@@ -62,6 +65,8 @@ class Task(Protocol):
     has_vectors: ClassVar[bool]
     breakdowns: ClassVar[Mapping[str, str]]
     """Title -> record column by whose value the report breaks the main metric down."""
+    unshared: ClassVar[tuple[str, ...]]
+    """Record columns of what no two splits may share beside groups; one value may stand in several of them."""
     source_formats: ClassVar[tuple[str, ...]]
     """Source formats (config.SourceConfig.format) whose rows this task accepts, the preferred one first."""
 
@@ -120,3 +125,11 @@ def failed(item: Item, status: str, detail: str = "") -> Record:
         "status": status,
         "detail": detail,
     }
+
+
+def too_long(target: Target, item: Item, *prompts: Sequence[int]) -> Record | None:
+    """The failed record of an item of whose prompts, token ids, one is longer than the target takes; else None."""
+    longest = max(map(len, prompts))
+    if target.max_tokens is None or longest <= target.max_tokens:
+        return None
+    return failed(item, PROMPT_TOO_LONG, f"{longest} tokens, the target takes at most {target.max_tokens}")

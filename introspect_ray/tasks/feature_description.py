@@ -25,6 +25,7 @@ class FeatureDescription:
     metrics: ClassVar[tuple[str, ...]] = ("description_match", "exact_match", "parse_rate")
     has_vectors: ClassVar[bool] = True
     breakdowns: ClassVar[Mapping[str, str]] = {"Kind of description": "label_kind"}
+    unshared: ClassVar[tuple[str, ...]] = ()
     source_formats: ClassVar[tuple[str, ...]] = ("latent_labels",)
 
     def schema(self, width: int, config: GenerateConfig) -> pa.Schema:
@@ -53,7 +54,8 @@ class FeatureDescription:
                 plan.rejected.append((row["row"], "label_score_too_low"))
                 continue
             kind = "latent" if row["vector"] is None else "activation"
-            group = stable_id(kind, config.feature_description.sae, row["layer"], row["index"])
+            # Not the path: the same SAE must give the same splits wherever it lies.
+            group = stable_id(kind, row["layer"], row["index"])
             split = split_of(group) if kind == "latent" else "train"
             keys = ("layer", "index", "description", "kind", "accepted", "score", "vector")
             item = {key: row[key] for key in keys}

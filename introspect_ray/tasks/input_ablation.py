@@ -17,9 +17,20 @@ from introspect_ray.config import GenerateConfig, InputAblationConfig
 from introspect_ray.explainer.query import Query
 from introspect_ray.interventions.ablation import ablate_text
 from introspect_ray.interventions.target import Target
-from introspect_ray.models.tokens import token_text
-from introspect_ray.tasks.base import COMMON_FIELDS, OK, Answer, Example, Item, Plan, Record, SplitOf, failed, stable_id
-from introspect_ray.tasks.verdict import VerdictWording
+from introspect_ray.models.tokens import single_token, token_text
+from introspect_ray.tasks.base import (
+    COMMON_FIELDS,
+    OK,
+    Example,
+    Item,
+    Plan,
+    Record,
+    SplitOf,
+    failed,
+    stable_id,
+    too_long,
+)
+from introspect_ray.tasks.verdict import VerdictTask
 
 _SLOT = re.compile(r"\{question\}|\{options\}")
 
@@ -51,13 +62,12 @@ def answers_of(choices: Sequence[str], config: InputAblationConfig) -> list[str]
     return [letter(index) for index in range(len(choices))] if config.answer == "letter" else list(choices)
 
 
-class InputAblation:
+class InputAblation(VerdictTask):
     name: ClassVar[str] = "input_ablation"
-    metrics: ClassVar[tuple[str, ...]] = ("exact_match", "has_changed_f1", "content_match", "parse_rate")
     has_vectors: ClassVar[bool] = False
     breakdowns: ClassVar[Mapping[str, str]] = {"Hint and truth": "hint_is", "Subject": "subject"}
+    unshared: ClassVar[tuple[str, ...]] = ()
     source_formats: ClassVar[tuple[str, ...]] = ("mmlu",)
-    wording: ClassVar[VerdictWording] = VerdictWording()
 
     def schema(self, width: int, config: GenerateConfig) -> pa.Schema:  # noqa: ARG002 - no vectors here
         return pa.schema(
@@ -96,20 +106,30 @@ class InputAblation:
         return plan
 
     def generate(self, target: Target, items: Sequence[Item], config: GenerateConfig) -> list[Record]:
-        prompts = [
-            question_text(item["question"], item["choices"], item["hinted"], config.input_ablation) for item in items
-        ]
-        hinted = [target.encode(text) for text, _ in prompts]
-        plain = [target.encode(ablate_text(text, *span)) for text, span in prompts if span]
-        assert len(plain) == len(items), "every item has a hint"
-        tokens = target.next_token_logits([*hinted, *plain]).argmax(-1).tolist()
+        settings = config.input_ablation
+        failures: list[Record] = []
+        asked: list[tuple[Item, str, tuple[int, int]]] = []
+        prompts: list[list[int]] = []
+        for item in items:
+            text, span = question_text(item["question"], item["choices"], item["hinted"], settings)
+            assert span, "every item has a hint"
+            ids = target.encode(text)
+            failure = too_long(target, item, ids) or _unsayable(target, item, settings)
+            if failure is not None:
+                failures.append(failure)
+                continue
+            asked.append((item, text, span))
+            prompts.append(ids)
+        if not asked:
+            return failures
+        plain = [target.encode(ablate_text(text, *span)) for _, text, span in asked]
+        tokens = target.next_token_logits([*prompts, *plain]).argmax(-1).tolist()
         answers = [token_text(target.tokenizer, token) for token in tokens]
-        return [
-            self._record(item, text, span, with_hint, without_hint, config.input_ablation)
-            for item, (text, span), with_hint, without_hint in zip(
-                items, prompts, answers[: len(items)], answers[len(items) :], strict=True
+        return failures + [
+            self._record(item, text, span, with_hint, without_hint, settings)
+            for (item, text, span), with_hint, without_hint in zip(
+                asked, answers[: len(asked)], answers[len(asked) :], strict=True
             )
-            if span
         ]
 
     def _record(
@@ -148,19 +168,19 @@ class InputAblation:
         query = Query((f"What if the hint was removed?\n{record['text']}",))
         return Example(query, self.wording.render(self.truth(record)))
 
-    def truth(self, record: Record) -> Answer:
-        return Answer(record["changed"], record["content"])
-
-    def accepted(self, record: Record) -> tuple[str, ...]:  # noqa: ARG002 - one content is right
-        return ()
-
-    def parse(self, text: str) -> Answer | None:
-        return self.wording.parse(text)
-
     def display(self, record: Record) -> tuple[list[tuple[str, bool]], dict[str, str]]:
         text, start, end = record["text"], record["hint_start"], record["hint_end"]
         pieces = [(text[:start], False), (text[start:end], True), (text[end:], False)]
         return pieces, {"answer with the hint": record["original"], "correct answer": record["correct"]}
+
+
+def _unsayable(target: Target, item: Item, config: InputAblationConfig) -> Record | None:
+    """The failed record of an item with an answer that is no single token, so that the target could never give it."""
+    for answer in answers_of(item["choices"], config):
+        # A next token usually brings the blank before it along.
+        if all(single_token(target.tokenizer, text) is None for text in (f" {answer}", answer)):
+            return failed(item, "answer_no_single_token", f"the answer {answer!r} is no single token of the target")
+    return None
 
 
 def _hinted(row: Mapping[str, Any], config: InputAblationConfig, seed: int) -> int:

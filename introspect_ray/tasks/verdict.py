@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
-from introspect_ray.tasks.base import Answer
+from introspect_ray.tasks.base import Answer, Record
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,22 @@ class VerdictWording:
         """The whole text must have the form; anything else is unparsable, never a guess."""
         match = _FORM.fullmatch(text)
         return Answer(match[2] == "changed", match[1]) if match else None
+
+
+class VerdictTask:
+    """What the causal tasks share: an answer of two parts, in one wording, with one content that is right."""
+
+    metrics: ClassVar[tuple[str, ...]] = ("exact_match", "has_changed_f1", "content_match", "parse_rate")
+    wording: ClassVar[VerdictWording] = VerdictWording()
+
+    def truth(self, record: Record) -> Answer:
+        return Answer(record["changed"], record["content"])
+
+    def accepted(self, record: Record) -> tuple[str, ...]:  # noqa: ARG002 - one content is right
+        return ()
+
+    def parse(self, text: str) -> Answer | None:
+        return self.wording.parse(text)
 
 
 _FORM = re.compile(r"\s*(.*?)\s*\((changed|unchanged)\)\s*", re.DOTALL)

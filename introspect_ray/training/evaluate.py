@@ -10,11 +10,11 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice, zip_longest
-from pathlib import Path
 
 from introspect_ray.config import ActorConfig, EvaluateConfig, EvaluationRun, resolved
 from introspect_ray.data.cluster import connect
 from introspect_ray.data.dataset import Dataset, open_dataset
+from introspect_ray.data.generate import check_resources
 from introspect_ray.data.identity import folder_digest
 from introspect_ray.data.manifest import CONFIG_NAME
 from introspect_ray.data.storage import Folder
@@ -23,7 +23,7 @@ from introspect_ray.evaluation.evaluate import Keep, TaskEvaluation, applicable,
 from introspect_ray.evaluation.intervals import Bootstrap
 from introspect_ray.evaluation.report import Report, TaskReport, build_task_report, render_report
 from introspect_ray.evaluation.scores import format_table, scores_json
-from introspect_ray.explainer.card import ExplainerCard, read_card
+from introspect_ray.explainer.card import ExplainerCard, local_copy, read_card
 from introspect_ray.tasks.base import Record, Task, stable_id
 from introspect_ray.tasks.registry import get_task
 from introspect_ray.training.answering import AnswerPool
@@ -75,6 +75,7 @@ def evaluate_explainer(config: EvaluateConfig, progress: Progress) -> Evaluation
         sum(len(test) * _num_texts(job.task, config) for job, test in zip(jobs, tests, strict=True)), progress
     )
     with connect():
+        check_resources(config.actors)
         evaluated = [_evaluate(job, test, config, folder, tally) for job, test in zip(jobs, tests, strict=True)]
     evaluations = [evaluation for evaluation, _ in evaluated]
     report = Report(
@@ -104,8 +105,7 @@ def _claim(folder: Folder, config: EvaluateConfig, jobs: Sequence[_Job]) -> None
     """Write config.json into a new output folder; refuse one that holds another evaluation."""
     relevant = config.model_copy(update={"actors": ActorConfig(), "output": "", "num_browsable": 0})
     contents = [
-        ([shard.digest for shard in job.dataset.manifest.shards], folder_digest(Path(job.run.explainer)))
-        for job in jobs
+        ([shard.digest for shard in job.dataset.manifest.shards], _explainer_digest(job.run.explainer)) for job in jobs
     ]
     key = stable_id(resolved(relevant), contents)
     try:
@@ -120,6 +120,11 @@ def _claim(folder: Folder, config: EvaluateConfig, jobs: Sequence[_Job]) -> None
         raise UserError(
             f"output folder {config.output} belongs to another evaluation: choose another folder or delete it"
         )
+
+
+def _explainer_digest(folder: str) -> str:
+    with local_copy(folder) as path:
+        return folder_digest(path)
 
 
 @dataclass

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from introspect_ray.config import ExplainerConfig, FitProjectionConfig, resolved
+from introspect_ray.config import FitProjectionConfig, resolved
 from introspect_ray.data.identity import identify_target
 from introspect_ray.data.sources import load_source
 from introspect_ray.data.storage import TEMPORARY, Folder
 from introspect_ray.errors import UserError
+from introspect_ray.explainer.card import PROJECTIONS_FILE
 from introspect_ray.explainer.fitted import ALIGNMENT_FILE, AlignmentCard, read_alignment, save_alignment
 from introspect_ray.tasks.base import stable_id
 
@@ -39,7 +40,7 @@ def fit_projection(config: FitProjectionConfig, progress: Callable[[int, int], N
     Raises:
         UserError: bad input, before any model loads, or an output folder of something else.
     """
-    target, base = identify_target(config.target), identify_target(config.explainer.model)
+    target, base = identify_target(config.target), identify_target(config.explainer)
     if config.layers is not None and (not config.layers or max(config.layers) >= target.num_layers):
         raise UserError(
             f"layers is {list(config.layers)}, but {target.path} has {target.num_layers} layers:"
@@ -58,14 +59,15 @@ def fit_projection(config: FitProjectionConfig, progress: Callable[[int, int], N
 
 def _relevant(config: FitProjectionConfig) -> dict[str, object]:
     """The config without what cannot change the maps; texts and models are known by their contents."""
-    explainer = ExplainerConfig(vector_scale=config.explainer.vector_scale)
-    update = {"output": "", "explainer": explainer, "target": explainer.model, "source": FitProjectionConfig().source}
+    update = {name: getattr(FitProjectionConfig(), name) for name in ("output", "target", "explainer", "source")}
     return resolved(config.model_copy(update=update))
 
 
 def _is_there(folder: Folder, key: str) -> bool:
     """Whether the folder holds these very maps. Refuses one that holds something else."""
-    names = [name for name in folder.names() if not name.startswith(TEMPORARY)]
+    # Maps without a card were left by a fit that was stopped before it had written its card: they are fitted again.
+    unfinished = (TEMPORARY, PROJECTIONS_FILE, f".{ALIGNMENT_FILE}")
+    names = [name for name in folder.names() if not name.startswith(unfinished)]
     if not names:
         return False
     if ALIGNMENT_FILE not in names:

@@ -160,7 +160,6 @@ def _check_fitted(config: ExplainerConfig, target: TargetIdentity, width: int) -
     for what, found, wanted in (
         ("targets of width", card.target_width, target.width),
         ("explainers of width", card.explainer_width, width),
-        ("explainer.vector_scale", card.vector_scale, config.vector_scale),
     ):
         if found != wanted:
             raise UserError(f"fitted projection {folder} is for {what} {found}, expected {wanted}")

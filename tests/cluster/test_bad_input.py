@@ -5,15 +5,14 @@ other in a single process in which starting Ray or loading weights is recorded a
 """
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from fake_task import WIDTH, question, write_model_config
+from job_driver import JOBS, check_line, environment, run_jobs
 from safetensors.torch import save_file
 from training_helpers import write_dataset
 
@@ -25,37 +24,6 @@ from introspect_ray.data.shards import ShardOrder, write_records
 from introspect_ray.explainer.card import ExplainerCard, TargetInfo, write_card
 from introspect_ray.explainer.encoding import OWN_TOKENS, Frame
 from introspect_ray.tasks.registry import get_task
-
-JOBS = Path(__file__).parents[2] / "jobs"
-DRIVER = """
-import contextlib, io, json, runpy, sys
-import ray, transformers
-
-started = []
-
-def refuse(what):
-    def fail(*args, **kwargs):
-        started.append(what)
-        raise RuntimeError(what)
-    return fail
-
-ray.init = refuse("Ray was started")
-transformers.AutoModelForCausalLM.from_pretrained = refuse("weights were loaded")
-outcomes = {}
-for name, (job, arguments) in json.load(sys.stdin).items():
-    started.clear()
-    said, status = io.StringIO(), None
-    sys.argv = [job, *arguments]
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-        try:
-            runpy.run_path(job, run_name="__main__")
-        except SystemExit as stop:
-            status = stop.code
-        except Exception as error:
-            status = repr(error)
-    outcomes[name] = {"status": status, "stderr": said.getvalue(), "started": list(started)}
-print(json.dumps(outcomes))
-"""
 
 
 def counterfact(count):
@@ -229,30 +197,10 @@ NAMES = (
 AS_A_USER = ("unknown task", "truncated shard")
 
 
-def environment():
-    return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"OMP_NUM_THREADS": "1"}
-
-
 @pytest.fixture(scope="module")
 def outcomes(cases):
     """Name -> exit status, standard error, and what was started although it must not be."""
-    orders = {name: (str(JOBS / f"{job}.py"), arguments) for name, (job, arguments, _) in cases.items()}
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER],
-        input=json.dumps(orders),
-        capture_output=True,
-        text=True,
-        timeout=250,
-        env=environment(),
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def check_line(stderr, expected):
-    assert stderr.startswith("error: ") and stderr.endswith("\n") and stderr.count("\n") == 1, stderr
-    for part in expected:
-        assert part in stderr
+    return run_jobs({name: (job, arguments, {}) for name, (job, arguments, _) in cases.items()})
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from introspect_ray.cli import parse, progress_bar, run_job
-from introspect_ray.config import EvaluateConfig, GenerateConfig, TrainConfig
+from introspect_ray.config import EvaluateConfig, GenerateConfig, InspectConfig, QuickstartConfig, TrainConfig
 from introspect_ray.errors import RunFailed, UserError
 
 
@@ -26,6 +26,15 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
     assert read(GenerateConfig, "--config", file, "--source.limit", "none").source.limit is None
     assert read(GenerateConfig) == GenerateConfig()
     assert read(GenerateConfig, "--config", write(tmp_path, "")) == GenerateConfig()
+
+
+def test_a_section_given_in_part_keeps_its_own_defaults():
+    default = QuickstartConfig().feature_description
+    given = {"feature_description": {"explainer": {"max_new_tokens": 7}, "optimization": {"steps": 3}}}
+    found = QuickstartConfig.model_validate(given).feature_description
+    assert found.explainer == default.explainer.model_copy(update={"max_new_tokens": 7})
+    assert found.optimization == default.optimization.model_copy(update={"steps": 3})
+    assert found.fit_projection == default.fit_projection and default != type(default)()
 
 
 def test_environment_is_not_configuration(monkeypatch):
@@ -171,3 +180,19 @@ def test_progress_bar_counts_earlier_work_as_done_but_not_as_speed(capsys):
     with progress_bar("generate", "item"):
         pass
     assert capsys.readouterr().err == ""
+
+
+def test_one_key_may_stand_without_its_option():
+    def dataset(*arguments):
+        return parse(InspectConfig, "A job.", arguments, "dataset").dataset
+
+    assert dataset("here") == dataset("--dataset", "here") == dataset("here", "--num_examples", "3") == "here"
+    assert dataset("--num_examples", "3") == InspectConfig().dataset
+    with pytest.raises(UserError, match="argument 'there' was not expected"):
+        dataset("here", "there")
+
+
+def test_a_key_that_stands_alone_wins_over_the_file(tmp_path):
+    file = write(tmp_path, "dataset: there\n")
+    assert parse(InspectConfig, "A job.", ["--config", file], "dataset").dataset == "there"
+    assert parse(InspectConfig, "A job.", ["here", "--config", file], "dataset").dataset == "here"

@@ -7,30 +7,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fake_task import FakeTask, fake_config, fake_target
+from fake_task import FakeTask, fake_config
+from fake_task import make_dataset as generate
 
 from introspect_ray.config import ActorConfig
 from introspect_ray.data.dataset import canonical_dump, open_dataset
 from introspect_ray.data.finish import finish
 from introspect_ray.data.manifest import MANIFEST_NAME
-from introspect_ray.data.prepare import begin, prepare
+from introspect_ray.data.prepare import prepare
 from introspect_ray.data.shards import ShardOrder, to_records, write_records
 from introspect_ray.data.storage import TEMPORARY
-from introspect_ray.data.writer import write_shard
 from introspect_ray.errors import RunFailed, UserError
 
 QUESTIONS = [f"question {number}" for number in range(20)]
 ODD = ["skip me", "raise 1", "nan 1", "huge 1", "wordless", *QUESTIONS, "question 3"]
-
-
-def generate(config, task=None):
-    """What the driver and its actors do, in one process."""
-    prepared = prepare(config, task or FakeTask())
-    begin(prepared, prepared.orders)
-    shards = {
-        order.index: write_shard(prepared.task, fake_target(config), config, order, "run") for order in prepared.orders
-    }
-    return finish(prepared, shards)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from introspect_ray.data.shards import (
     write_records,
 )
 from introspect_ray.data.storage import TEMPORARY, Folder
+from introspect_ray.errors import UserError
 from introspect_ray.tasks.base import COMMON_FIELDS, failed
 
 ORDER = ShardOrder(3, "a_run")
@@ -121,7 +122,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypat
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=r"^.*/a.bin cannot be written: disk full$"):
         folder.write("a.bin", b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
     assert folder.read("a.bin") == b"old"

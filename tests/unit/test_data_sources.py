@@ -139,6 +139,8 @@ def test_unusable_rows_are_counted_with_their_reason_and_their_number(tmp_path):
         ({"score": float("nan")}, "score_out_of_range"),
         ({"layer": -1}, "index_out_of_range"),
         ({"index": 1e300}, None),
+        ({"index": 10**400}, None),
+        ({"score": 10**400}, "wrong_type"),
         ({"index": float("inf")}, "wrong_type"),
         ({"index": 2.5}, "wrong_type"),
         ({"accepted": [1]}, "wrong_type"),
@@ -165,6 +167,19 @@ def test_plain_texts(tmp_path):
     source = load(jsonl(tmp_path / "a.jsonl", [{"text": " one "}, {"text": ""}, {"text": 3}, {"text": "two"}]), "text")
     assert [row["text"] for row in source.rows] == ["one", "two"]
     assert source.rejected == [(1, "empty_text"), (2, "wrong_type")]
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        ("one\ntwo\r\n three \n", ["one", "two", "three"]),
+        ("one\nstill one\n\n \ntwo\n", ["one\nstill one", "two"]),
+        ("\ufeffonly\u2028this", ["only\u2028this"]),
+    ],
+)
+def test_a_text_file_holds_paragraphs_or_lines(tmp_path, content, texts):
+    (tmp_path / "a.txt").write_bytes(content.encode())
+    assert [row["text"] for row in load(tmp_path / "a.txt", "text").rows] == texts
 
 
 def test_limit_takes_the_first_rows(tmp_path):
@@ -196,7 +211,8 @@ BAD_FILES = [
     ("a.parquet", b"PAR1", "is not a complete Parquet file"),
     ("a.csv", b'question,subject\n"open quote,x\n', "is not valid CSV"),
     ("a.csv", b"question,subject,choices,answer\na,b,c,d,e\n", "row 0 has 5 columns, the header has 4"),
-    ("a.txt", ROWS, "the name ends in '.txt', expected one of .json,"),
+    ("a.doc", ROWS, "the name ends in '.doc', expected one of .json,"),
+    ("a.txt", b"a text", "has format text, a_task needs mmlu"),
     ("a", ROWS, "the name ends in 'no suffix'"),
     (
         "a.jsonl",
@@ -249,3 +265,9 @@ def test_real_files_are_read_whole(name, kind, total):
     assert source.num_rows == total == len(source.rows) + len(source.rejected)
     assert len(source.rows) >= 0.99 * total
     assert {reason for _, reason in source.rejected} <= {"duplicate_row"}
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line():
+    with pytest.raises(UserError, match=r"^source hf://datasets/a/b/c.parquet cannot be read: .*offline") as caught:
+        load("hf://datasets/a/b/c.parquet", "mmlu")
+    assert "\n" not in str(caught.value)

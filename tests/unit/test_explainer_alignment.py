@@ -7,7 +7,7 @@ import pytest
 import torch
 from explainer_helpers import model_folder
 from safetensors.torch import save_file
-from training_helpers import train_config
+from training_helpers import train_config, write_dataset
 
 from introspect_ray.config import ExplainerConfig, FitProjectionConfig, ModelConfig
 from introspect_ray.errors import UserError
@@ -71,7 +71,7 @@ def fit_config(tmp_path, **options) -> FitProjectionConfig:
     content = {
         "output": str(tmp_path / "fitted"),
         "target": {"path": str(folder), "device": "cpu"},
-        "explainer": {"model": {"path": str(folder), "device": "cpu"}, "vector_scale": 2.0},
+        "explainer": {"path": str(folder), "device": "cpu"},
         "source": {"path": str(tmp_path / "texts.jsonl")},
     }
     return FitProjectionConfig.model_validate({**content, **options})
@@ -83,9 +83,9 @@ def test_fitted_maps_start_an_explainer(tmp_path):
     assert heard[-1] == (20, 20) and not first.was_complete
     card = read_alignment(str(tmp_path / "fitted"))
     assert card == first.card and card.layers == (0, 1) and card.num_unaligned == 0
-    assert card.num_pairs == sum(len(text) for text in TEXTS)
+    assert card.num_pairs == sum(len(text) for number, text in enumerate(TEXTS) if number % 10)
     assert set(card.explained) == {0, 1} and all(share <= 1 for share in card.explained.values())
-    config = fit_config(tmp_path).explainer.model_copy(update={"fitted_projection": str(tmp_path / "fitted")})
+    config = ExplainerConfig(model=fit_config(tmp_path).explainer, fitted_projection=str(tmp_path / "fitted"))
     run = prepare(train_config(tmp_path, explainer=config.model_dump()))
     explainer = Explainer.create(config, run.target, seed=0)
     maps = read_maps(str(tmp_path / "fitted"))
@@ -93,6 +93,14 @@ def test_fitted_maps_start_an_explainer(tmp_path):
         assert torch.equal(explainer.projections[str(layer)].weight, maps[layer])
     again = fit_projection(fit_config(tmp_path), lambda *_: pytest.fail("nothing is left to do"))
     assert again.was_complete and again.card == card
+
+
+@pytest.mark.parametrize("left", ["projections.safetensors", ".alignment.json.tmp"])
+def test_a_fit_that_was_stopped_before_its_card_is_done_again(tmp_path, left):
+    (tmp_path / "fitted").mkdir()
+    (tmp_path / "fitted" / left).write_bytes(b"torn")
+    assert not fit_projection(fit_config(tmp_path), lambda *_: None).was_complete
+    assert set(read_maps(str(tmp_path / "fitted"))) == {0, 1}
 
 
 def test_other_texts_or_settings_are_refused_in_the_same_folder(tmp_path):
@@ -108,9 +116,10 @@ def test_layer_out_of_range_is_refused(tmp_path):
 
 def test_training_refuses_maps_that_were_fitted_for_something_else(tmp_path):
     fit_projection(fit_config(tmp_path), lambda *_: None)
-    explainer = fit_config(tmp_path).explainer.model_dump() | {"fitted_projection": str(tmp_path / "fitted")}
-    with pytest.raises(UserError, match=r"is for explainer.vector_scale 2.0, expected 3.0"):
-        prepare(train_config(tmp_path, explainer=explainer | {"vector_scale": 3.0}))
+    explainer = {"model": fit_config(tmp_path).explainer.model_dump(), "fitted_projection": str(tmp_path / "fitted")}
+    write_dataset(tmp_path / "other", width=20)
+    with pytest.raises(UserError, match=r"is for targets of width 32, expected 20"):
+        prepare(train_config(tmp_path, explainer=explainer, datasets=[str(tmp_path / "other")]))
     weights = {f"{layer}.weight": torch.full((32, 32), float("nan")) for layer in (0, 1)}
     save_file(weights, tmp_path / "fitted" / "projections.safetensors")
     with pytest.raises(UserError, match="layer 0 has no finite map of 32 x 32"):

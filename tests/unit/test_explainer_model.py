@@ -1,5 +1,7 @@
 """Vectors really enter, losses equal their definition, answers do not depend on batching; four model families."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from explainer_helpers import FAMILIES, explainer, queries, vector
 
 from introspect_ray.config import LoraConfig
 from introspect_ray.errors import UserError
-from introspect_ray.explainer.forward import logits_at
+from introspect_ray.explainer.forward import logits_at, soft_tokens
 from introspect_ray.explainer.query import Query, Vector
 
 ANSWERS = ["yes", "a much longer answer than that", "", "no", "b", "maybe so"]
@@ -103,6 +105,16 @@ def test_answers_end_at_the_end_token(tmp_path):
         state = made.causal(input_ids=torch.tensor([encoded.ids]), output_hidden_states=True).hidden_states[-1][0, -1]
         head.weight[made.encoder.end_id] = 100 * state / state.norm()
     assert made.explain([Query(("a",))], batch_size=1) == [""]
+
+
+def test_soft_tokens_are_mixtures_by_cosine():
+    embeddings = torch.tensor([[3.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    vectors = torch.tensor([[0.2, 0.1], [0.0, 50.0], [0.0, 0.0]])
+    sharp = soft_tokens(vectors, embeddings, 1e4)
+    assert torch.allclose(sharp[:2], embeddings[:2]) and torch.allclose(sharp[2], embeddings.mean(0))
+    cosines = torch.tensor([0.2, 0.1, -0.2]) / math.hypot(0.2, 0.1)
+    expected = (2 * cosines).softmax(0) @ embeddings
+    assert torch.allclose(soft_tokens(vectors[:1], embeddings, 2.0)[0], expected)
 
 
 def test_vector_scale_sets_the_norm_relative_to_token_embeddings(tmp_path):

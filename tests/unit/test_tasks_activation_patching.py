@@ -258,7 +258,8 @@ def lopsided_table():
 
 def test_selection_balances_every_cell_and_keeps_a_floor_of_the_larger_class():
     table, rows = lopsided_table()
-    selected = TASK.select(table, CONFIG)
+    floor = GenerateConfig(activation_patching=ActivationPatchingConfig(majority_floor=0.1))
+    selected = TASK.select(table, floor)
     assert len(set(selected)) == len(selected)
     by_id = {row["record_id"]: row for row in rows}
     assert {by_id[one]["status"] for one in selected} == {"ok"}
@@ -272,7 +273,7 @@ def test_selection_balances_every_cell_and_keeps_a_floor_of_the_larger_class():
         ("test", 0, "question", True): 7,
         ("test", 0, "question", False): 7,
     }
-    assert TASK.select(table.take(list(range(table.num_rows))[::-1]), CONFIG) == selected
+    assert TASK.select(table.take(list(range(table.num_rows))[::-1]), floor) == selected
     everything = GenerateConfig(activation_patching=ActivationPatchingConfig(balance=False))
     assert TASK.select(table, everything) is None
 
@@ -304,3 +305,18 @@ def test_query_marks_the_token_and_display_gives_the_whole_text(generated):
         head = before.removesuffix(text[: record["token_end"]])
         assert f"layers {record['layers'][0]} to {record['layers'][-1]} " in head
         assert TASK.accepted(record) == ()
+
+
+def test_a_prompt_beyond_the_window_is_a_row_with_that_reason_and_costs_no_other():
+    target = tiny_target("llama", bos=True)
+    long = "The city of {} is " + "cat " * 600
+    rows = [fact(0, "Ann", "Paris"), fact(1, "Bob", "Rome")]
+    rows += [fact(2, "Cat", "Oslo", "P2", long), fact(3, "Dan", "Rome", "P2", long)]
+    items = TASK.plan(rows, CONFIG, lambda _: "train").items
+    records = TASK.generate(target, items, CONFIG)
+    failures = [record for record in records if record["status"] == "prompt_too_long"]
+    assert [record["item_id"] for record in failures] == [one["item_id"] for one in items if one["relation_id"] == "P2"]
+    assert all(record["detail"].endswith("tokens, the target takes at most 512") for record in failures)
+    short = [one for one in items if one["relation_id"] == "P1"]
+    ids = [record["record_id"] for record in TASK.generate(target, short, CONFIG)]
+    assert [record["record_id"] for record in records if record["status"] == "ok"] == ids

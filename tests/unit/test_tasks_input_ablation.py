@@ -143,3 +143,28 @@ def test_an_answer_that_names_no_option_is_a_row_with_that_reason():
     assert [record["item_id"] for record in records] == [item["item_id"] for item in items]
     assert all(record["detail"] in [f"with the hint the target says '{one}'" for one in "ZY"] for record in records)
     assert len({record["record_id"] for record in records}) == 3
+
+
+def test_an_option_that_is_no_single_token_is_a_row_with_that_reason():
+    target = tiny_target("llama", bos=True)
+    says_only(target, tuple(f" {word}" for word in WORDS))
+    rows = [question(0), question(1, (*WORDS[:3], "France and Paris")), question(2)]
+    statuses = {}
+    for config, name in ((TEXTS, "text"), (LETTERS, "letter")):
+        records = TASK.generate(target, items_of(rows, config), config)
+        statuses[name] = {record["detail"] for record in records if record["status"] == "answer_no_single_token"}
+        assert len(records) == 3
+    assert statuses == {"text": {"the answer 'France and Paris' is no single token of the target"}, "letter": set()}
+
+
+def test_a_prompt_beyond_the_window_is_a_row_with_that_reason_and_costs_no_other():
+    target = tiny_target("llama", bos=True)
+    says_only(target, ("A", "B", "C", "D"))
+    items = items_of([question(0), question(1, text="cat " * 600 + "{}"), question(2)], LETTERS)
+    records = TASK.generate(target, items, LETTERS)
+    (failure,) = [record for record in records if record["status"] == "prompt_too_long"]
+    assert failure["item_id"] == items[1]["item_id"]
+    assert failure["detail"].endswith("tokens, the target takes at most 512")
+    assert int(failure["detail"].split()[0]) > 600
+    alone = [record for one in (items[0], items[2]) for record in TASK.generate(target, [one], LETTERS)]
+    assert [record for record in records if record is not failure] == alone
