@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from introspect_ray.errors import UserError
-from introspect_ray.interventions.forward import batches, edited_layers, padded
+from introspect_ray.interventions.forward import edited_layers, padded, padded_budget, run_padded
 from introspect_ray.models.structure import decoder_layers
-
-TOKENS_PER_BATCH = 8192
 
 
 def residual_outputs(model: PreTrainedModel, texts: Sequence[Sequence[int]], layer: int) -> Float[Tensor, "N D"]:
@@ -72,10 +70,13 @@ def _by_text(
     """One batch after another through the model, `take` after each; rows put back into the order of the texts."""
     rows: list[Tensor | None] = [None] * len(texts)
     body = model.base_model
-    for batch in batches([len(text) for text in texts], TOKENS_PER_BATCH):
+
+    def run_batch(batch: Sequence[int]) -> Tensor:
         ids, _ = padded([texts[index] for index in batch], model.device)
         body(input_ids=ids, use_cache=False)
-        hidden = take().float()
+        return take().float()
+
+    for batch, hidden in run_padded([len(text) for text in texts], padded_budget(model.device), run_batch):
         for row, index in enumerate(batch):
             rows[index] = hidden[row, 1 : len(texts[index])].clone()
     return torch.cat([row for row in rows if row is not None])

@@ -12,12 +12,10 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from introspect_ray.errors import UserError
-from introspect_ray.interventions.forward import batches, edited_layers, padded, selected_logits
+from introspect_ray.interventions.forward import edited_layers, padded, padded_budget, run_padded, selected_logits
+from introspect_ray.interventions.memory import TokenBudget
 from introspect_ray.interventions.types import CleanRun, KeysValues
 from introspect_ray.models.structure import max_positions, num_layers, text_config
-
-TOKENS_PER_BATCH = 8192
-"""Padded tokens per clean batch: enough to fill a GPU, and bounds what a batch keeps for later."""
 
 
 def reusable_cache(model: PreTrainedModel) -> tuple[bool, str]:
@@ -43,26 +41,40 @@ def attention_window(model: PreTrainedModel) -> int | None:
 
 
 @torch.no_grad()
-def clean_runs(model: PreTrainedModel, prompts: Sequence[Sequence[int]], keep_cache: bool) -> list[CleanRun]:
+def clean_runs(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], keep_cache: bool, budget: TokenBudget | None = None
+) -> list[CleanRun]:
     """One clean run per prompt; keys and values are kept if `keep_cache` and the model uses them."""
     check_prompts(model, prompts)
     runs: list[CleanRun | None] = [None] * len(prompts)
-    for batch in batches([len(prompt) for prompt in prompts], TOKENS_PER_BATCH):
-        for index, run in zip(batch, _run_batch(model, [prompts[index] for index in batch], keep_cache), strict=True):
+
+    def run_batch(batch: Sequence[int]) -> list[CleanRun]:
+        return _run_batch(model, [prompts[index] for index in batch], keep_cache)
+
+    lengths = [len(prompt) for prompt in prompts]
+    for batch, found in run_padded(lengths, budget or padded_budget(model.device), run_batch):
+        for index, run in zip(batch, found, strict=True):
             runs[index] = run
     return [run for run in runs if run is not None]
 
 
 @torch.no_grad()
-def next_token_logits(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Float[Tensor, "P V"]:
+def next_token_logits(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], budget: TokenBudget | None = None
+) -> Float[Tensor, "P V"]:
     """Logits at the last position of each of P prompts."""
     check_prompts(model, prompts)
     order: list[int] = []
     rows: list[Tensor] = []
-    for batch in batches([len(prompt) for prompt in prompts], TOKENS_PER_BATCH):
+
+    def run_batch(batch: Sequence[int]) -> Tensor:
         ids, last = padded([prompts[index] for index in batch], model.device)
         every = torch.arange(len(batch), device=model.device)
-        rows.append(selected_logits(model, every, last, input_ids=ids, use_cache=False))
+        return selected_logits(model, every, last, input_ids=ids, use_cache=False)
+
+    lengths = [len(prompt) for prompt in prompts]
+    for batch, found in run_padded(lengths, budget or padded_budget(model.device), run_batch):
+        rows.append(found)
         order += batch
     inverse = torch.tensor(order, device=rows[0].device).argsort()
     return torch.cat(rows)[inverse]

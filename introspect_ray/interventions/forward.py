@@ -15,7 +15,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from introspect_ray.interventions.memory import Result, TokenBudget
 from introspect_ray.models.structure import block_output, decoder_layers, with_block_output
+
+TOKENS_PER_BATCH = 8192
+"""Padded tokens per batch at most: enough to fill a GPU, and bounds what a batch keeps for later."""
 
 Edit = Callable[[int, Float[Tensor, "B T D"]], Float[Tensor, "B T D"] | None]
 """(layer, its output) -> what replaces the output, or `None` to keep it."""
@@ -69,11 +73,23 @@ def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Int[
     return ids, torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
 
 
-def batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, each of at most `token_budget` tokens with padding, or of one item."""
+def padded_budget(device: torch.device) -> TokenBudget:
+    """How many tokens, with padding, a batch on this device may have."""
+    return TokenBudget(TOKENS_PER_BATCH, device)
+
+
+def run_padded(
+    lengths: Sequence[int], budget: TokenBudget, call: Callable[[Sequence[int]], Result]
+) -> Iterator[tuple[Sequence[int], Result]]:
+    """`call(batch)` for batches of indices of similar length, as large as memory allows."""
+    return budget.run(batches(lengths, budget), lambda batch: len(batch) * max(lengths[index] for index in batch), call)
+
+
+def batches(lengths: Sequence[int], budget: TokenBudget) -> Iterator[list[int]]:
+    """Indices in batches of similar length, longest first, each within the budget of its time, or of one item."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > token_budget:
+        if batch and (len(batch) + 1) * lengths[batch[0]] > budget.tokens:
             yield batch
             batch = []
         batch.append(index)

@@ -10,23 +10,27 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from introspect_ray.interventions.edits import Edits
-from introspect_ray.interventions.forward import batches, edited_layers, padded, selected_logits
+from introspect_ray.interventions.forward import edited_layers, padded, padded_budget, run_padded, selected_logits
+from introspect_ray.interventions.memory import TokenBudget
 from introspect_ray.interventions.types import CleanRun, Intervention
-
-TOKENS_PER_BATCH = 8192
-"""Padded tokens per batch: bounds memory; beyond this size a batch is no faster per token."""
 
 
 @torch.no_grad()
 def hooked_logits(
-    model: PreTrainedModel, runs: Sequence[CleanRun], interventions: Sequence[Intervention]
+    model: PreTrainedModel,
+    runs: Sequence[CleanRun],
+    interventions: Sequence[Intervention],
+    budget: TokenBudget | None = None,
 ) -> Float[Tensor, "R V"]:
     """Last-position logits of R rows; row r is the prompt of `runs[r]` under `interventions[r]`."""
     order: list[int] = []
     pieces: list[Tensor] = []
-    for batch in batches([len(run) for run in runs], TOKENS_PER_BATCH):
-        rows = [interventions[index] for index in batch]
-        pieces.append(_batch_logits(model, [runs[index] for index in batch], rows))
+
+    def run_batch(batch: Sequence[int]) -> Tensor:
+        return _batch_logits(model, [runs[index] for index in batch], [interventions[index] for index in batch])
+
+    for batch, logits in run_padded([len(run) for run in runs], budget or padded_budget(model.device), run_batch):
+        pieces.append(logits)
         order += batch
     inverse = torch.tensor(order, device=pieces[0].device).argsort()
     return torch.cat(pieces)[inverse]

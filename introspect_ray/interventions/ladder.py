@@ -22,6 +22,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from introspect_ray.interventions.clean import attention_window
 from introspect_ray.interventions.forward import selected_logits
+from introspect_ray.interventions.memory import TokenBudget
 from introspect_ray.interventions.packing import Pack, Row, packs
 from introspect_ray.interventions.types import CleanRun, Intervention
 from introspect_ray.models.structure import (
@@ -114,7 +115,8 @@ class Ladder:
         self._num_layers = num_layers(model)
         self._output_size = _output_size(model)
         self._last_mlp = _feed_forward(decoder_layers(model)[-1])
-        self._token_budget = TOKENS_PER_PACK_CPU if model.device.type == "cpu" else TOKENS_PER_PACK_GPU
+        most = TOKENS_PER_PACK_CPU if model.device.type == "cpu" else TOKENS_PER_PACK_GPU
+        self._budget = TokenBudget(most, model.device)
 
     @torch.no_grad()
     def logits(self, runs: Sequence[CleanRun], interventions: Sequence[Intervention]) -> Float[Tensor, "R V"]:
@@ -125,8 +127,15 @@ class Ladder:
         rows = [Row(run, intervention) for run, intervention in zip(runs, interventions, strict=True)]
         order: list[int] = []
         pieces: list[Tensor] = []
-        for indices in packs(rows, self._token_budget):
-            pieces.append(self._pack_logits(Pack([rows[index] for index in indices], self._num_layers)))
+
+        def run_pack(indices: Sequence[int]) -> Tensor:
+            return self._pack_logits(Pack([rows[index] for index in indices], self._num_layers))
+
+        def num_tokens(indices: Sequence[int]) -> int:
+            return sum(rows[index].num_tokens for index in indices)
+
+        for indices, logits in self._budget.run(packs(rows, self._budget), num_tokens, run_pack):
+            pieces.append(logits)
             order += indices
         inverse = torch.tensor(order, device=pieces[0].device).argsort()
         return torch.cat(pieces)[inverse]

@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from introspect_ray.interventions.edits import Edits
+from introspect_ray.interventions.memory import TokenBudget
 from introspect_ray.interventions.types import CleanRun, Intervention
 
 
@@ -116,10 +117,10 @@ class Pack:
         ]
 
 
-def packs(rows: Sequence[Row], token_budget: int) -> Iterator[list[int]]:
+def packs(rows: Sequence[Row], budget: TokenBudget) -> Iterator[list[int]]:
     """Indices of the rows that run together, in joining order: a prompt's rows first, prompts share what is left.
 
-    A pack holds at most `token_budget` suffix tokens and as many clean prefix tokens, or a single row.
+    A pack holds at most the budget of its time in suffix tokens and as many clean prefix tokens, or a single row.
     """
     first_seen: dict[int, int] = {}
     for index, row in enumerate(rows):
@@ -133,7 +134,7 @@ def packs(rows: Sequence[Row], token_budget: int) -> Iterator[list[int]]:
         row = rows[index]
         known = prefixes.get(id(row.run), 0)
         added = max(0, row.start - known)
-        if pack and (tokens + row.num_tokens > token_budget or sum(prefixes.values()) + added > token_budget):
+        if pack and (tokens + row.num_tokens > budget.tokens or sum(prefixes.values()) + added > budget.tokens):
             yield sorted(pack, key=lambda index: rows[index].joins_after)
             pack, tokens, prefixes, known = [], 0, {}, 0
         pack.append(index)

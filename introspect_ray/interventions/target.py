@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from introspect_ray.config import ModelConfig
 from introspect_ray.interventions.clean import clean_runs, next_token_logits
+from introspect_ray.interventions.forward import padded_budget
 from introspect_ray.interventions.hooked import hooked_logits
 from introspect_ray.interventions.ladder import Ladder
 from introspect_ray.interventions.selfcheck import checked_ladder
@@ -36,6 +37,8 @@ class Target:
         self._checked = False
         self._ladder: Ladder | None = None
         self._told_of_window = False
+        # What a batch keeps for later differs between these, and with it the memory that a token takes.
+        self._budgets = {kind: padded_budget(model.device) for kind in ("clean", "answers", "hooked")}
 
     @classmethod
     def load(cls, config: ModelConfig) -> Target:
@@ -70,11 +73,12 @@ class Target:
 
     def clean_runs(self, prompts: Sequence[Sequence[int]]) -> list[CleanRun]:
         """One clean run per prompt. Raises `UserError` for prompts that are empty, too long or hold unknown ids."""
-        return clean_runs(self.model, prompts, keep_cache=self._find_ladder() is not None)
+        keep_cache = self._find_ladder() is not None
+        return clean_runs(self.model, prompts, keep_cache, self._budgets["clean"])
 
     def next_token_logits(self, prompts: Sequence[Sequence[int]]) -> Float[Tensor, "P V"]:
         """Logits at the last position of each prompt. Raises `UserError` as `clean_runs` does."""
-        return next_token_logits(self.model, prompts)
+        return next_token_logits(self.model, prompts, self._budgets["answers"])
 
     def patched_logits(
         self, runs: Sequence[CleanRun], interventions: Sequence[Sequence[Intervention]]
@@ -100,7 +104,7 @@ class Target:
         return list(logits.split([len(of_run) for of_run in interventions]))
 
     def _hooked(self, runs: Sequence[CleanRun], interventions: Sequence[Intervention]) -> Float[Tensor, "R V"]:
-        return hooked_logits(self.model, runs, interventions)
+        return hooked_logits(self.model, runs, interventions, self._budgets["hooked"])
 
     def _find_ladder(self) -> Ladder | None:
         """The ladder if this model passes the self-check, which runs at first use; the reason is logged if not."""

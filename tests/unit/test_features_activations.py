@@ -8,8 +8,8 @@ from tiny_models import FAMILIES
 from transformers import PreTrainedModel
 
 from introspect_ray.errors import UserError
-from introspect_ray.features import activations
 from introspect_ray.features.activations import mlp_inputs_outputs, residual_outputs
+from introspect_ray.interventions import forward
 from introspect_ray.models.structure import decoder_layers
 
 TEXTS = [[1, 5, 9, 11], [1, 7], [1, 20, 21, 22, 23, 24, 25], [1, 3, 4]]
@@ -25,7 +25,7 @@ def model() -> PreTrainedModel:
 def test_residual_outputs_are_the_hidden_states_without_the_first_token(
     model: PreTrainedModel, tokens_per_batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(activations, "TOKENS_PER_BATCH", tokens_per_batch)
+    monkeypatch.setattr(forward, "TOKENS_PER_BATCH", tokens_per_batch)
     with torch.no_grad():
         states = [model(torch.tensor([text]), output_hidden_states=True).hidden_states for text in TEXTS]
     for layer in (0, 2):

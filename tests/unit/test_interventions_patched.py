@@ -21,6 +21,7 @@ from introspect_ray.errors import UserError
 from introspect_ray.interventions.clean import clean_runs
 from introspect_ray.interventions.hooked import hooked_logits
 from introspect_ray.interventions.ladder import Ladder
+from introspect_ray.interventions.memory import TokenBudget
 from introspect_ray.interventions.packing import Row, packs
 from introspect_ray.interventions.selfcheck import checked_ladder
 from introspect_ray.interventions.target import Target
@@ -133,7 +134,7 @@ def test_results_do_not_depend_on_how_rows_are_packed():
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     ladder = Ladder(model)
     together = ladder.logits(runs, rows)
-    ladder._token_budget = 20
+    ladder._budget = TokenBudget(20, model.device)
     apart = ladder.logits([runs[i] for i in order], [rows[i] for i in order])
     assert (together[order] - apart).abs().max() < TOLERANCE
 
@@ -167,14 +168,14 @@ def test_packs_keep_to_their_budget_and_prompts_together():
         for layer in (3, 0, 2)
         for position in (1, 6)
     ]
-    found = list(packs(rows, token_budget=20))
+    found = list(packs(rows, TokenBudget(20, torch.device("cpu"))))
     assert sorted(index for pack in found for index in pack) == list(range(12))
     for pack in found:
         layers = [rows[index].joins_after for index in pack]
         assert layers == sorted(layers)
         assert sum(rows[index].num_tokens for index in pack) <= 20
     assert [{id(rows[index].run) for index in pack} for pack in found[:2]] == [{id(runs[0])}] * 2
-    assert list(packs(rows[:1], token_budget=1)) == [[0]]
+    assert list(packs(rows[:1], TokenBudget(1, torch.device("cpu")))) == [[0]]
 
 
 def test_prompts_longer_than_a_sliding_window_fall_back_and_are_right(caplog):

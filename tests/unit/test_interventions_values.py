@@ -9,6 +9,7 @@ from introspect_ray.errors import UserError
 from introspect_ray.interventions.ablation import ablate_span, ablate_text
 from introspect_ray.interventions.clean import next_token_logits
 from introspect_ray.interventions.forward import batches
+from introspect_ray.interventions.memory import TokenBudget
 from introspect_ray.interventions.target import Target
 from introspect_ray.interventions.types import CleanRun, CleanSource, Intervention
 
@@ -96,7 +97,7 @@ def test_bad_prompts_are_refused_in_one_line(line):
 
 def test_batches_hold_every_item_once_and_keep_to_their_budget():
     lengths = [5, 30, 1, 9, 9, 2, 70]
-    found = list(batches(lengths, 40))
+    found = list(batches(lengths, TokenBudget(40, torch.device("cpu"))))
     assert sorted(index for batch in found for index in batch) == list(range(7))
     assert found[0] == [6]
     for batch in found[1:]:
