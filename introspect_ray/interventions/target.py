@@ -15,6 +15,7 @@ from introspect_ray.interventions.clean import clean_runs, next_token_logits
 from introspect_ray.interventions.forward import padded_budget
 from introspect_ray.interventions.hooked import hooked_logits
 from introspect_ray.interventions.ladder import Ladder
+from introspect_ray.interventions.pairs import Pair, PairedRuns, PairLogits
 from introspect_ray.interventions.selfcheck import checked_ladder
 from introspect_ray.interventions.types import CleanRun, Intervention
 from introspect_ray.models.loading import load_model, load_tokenizer
@@ -39,6 +40,7 @@ class Target:
         self._told_of_window = False
         # What a batch keeps for later differs between these, and with it the memory that a token takes.
         self._budgets = {kind: padded_budget(model.device) for kind in ("clean", "answers", "hooked")}
+        self._pairs = PairedRuns(model, padded_budget(model.device))
 
     @classmethod
     def load(cls, config: ModelConfig) -> Target:
@@ -79,6 +81,13 @@ class Target:
     def next_token_logits(self, prompts: Sequence[Sequence[int]]) -> Float[Tensor, "P V"]:
         """Logits at the last position of each prompt. Raises `UserError` as `clean_runs` does."""
         return next_token_logits(self.model, prompts, self._budgets["answers"])
+
+    def paired_logits(self, pairs: Sequence[Pair]) -> PairLogits:
+        """Logits at the last position of both prompts of each pair; what a pair's prompts begin with is run once.
+
+        Raises `UserError` as `clean_runs` does.
+        """
+        return self._pairs.logits(pairs)
 
     def patched_logits(
         self, runs: Sequence[CleanRun], interventions: Sequence[Sequence[Intervention]]

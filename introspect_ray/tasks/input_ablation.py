@@ -123,13 +123,13 @@ class InputAblation(VerdictTask):
         if not asked:
             return failures
         plain = [target.encode(ablate_text(text, *span)) for _, text, span in asked]
-        tokens = target.next_token_logits([*prompts, *plain]).argmax(-1).tolist()
-        answers = [token_text(target.tokenizer, token) for token in tokens]
+        with_hint, without_hint = (
+            [token_text(target.tokenizer, token) for token in logits.argmax(-1).tolist()]
+            for logits in target.paired_logits(list(zip(prompts, plain, strict=True)))
+        )
         return failures + [
-            self._record(item, text, span, with_hint, without_hint, settings)
-            for (item, text, span), with_hint, without_hint in zip(
-                asked, answers[: len(asked)], answers[len(asked) :], strict=True
-            )
+            self._record(item, text, span, one, other, settings)
+            for (item, text, span), one, other in zip(asked, with_hint, without_hint, strict=True)
         ]
 
     def _record(
