@@ -99,8 +99,10 @@ class SourceConfig(Config):
 
     path: str = "pocket"
     """`pocket` for the embedded world, else a file (json, jsonl, csv, parquet, txt; local or any fsspec URL)."""
-    format: Literal["auto", "counterfact", "known_facts", "mmlu", "latent_labels", "text"] = "auto"
+    format: Literal["auto", "counterfact", "known_facts", "mmlu", "marked_text", "latent_labels", "text"] = "auto"
     """Row format; `auto` reads it off the columns."""
+    text_unit: Literal["auto", "paragraph", "line", "file"] = "auto"
+    """What one text of a txt file is; `auto`: paragraphs where blank lines part them, else lines."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """Use at most so many source rows, taken in file order."""
 

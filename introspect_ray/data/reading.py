@@ -9,9 +9,10 @@ import lzma
 import re
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import fsspec
 import pyarrow as pa
@@ -21,20 +22,24 @@ from introspect_ray.data.storage import storage_errors
 from introspect_ray.errors import UserError
 
 RawRow = dict[str, Any]
+TextUnit = Literal["auto", "paragraph", "line", "file"]
 _COMPRESSIONS = (".gz", ".bz2", ".xz")
 
 
-def read_rows(path: str) -> list[RawRow]:
-    """All rows of a file in file order. Every problem of the file as a whole is a UserError that names it."""
+def read_rows(path: str, text_unit: TextUnit = "auto") -> list[RawRow]:
+    """All rows of a file in file order; `text_unit` says what a row of a txt file is.
+
+    Every problem of the file as a whole is a UserError that names it.
+    """
     name = PurePosixPath(path.split("?")[0])
     kind = PurePosixPath(name.stem).suffix if name.suffix.lower() in _COMPRESSIONS else name.suffix
-    readers = {
+    readers: dict[str, Callable[[str, bytes], list[Any]]] = {
         ".json": _json,
         ".jsonl": _jsonl,
         ".ndjson": _jsonl,
         ".csv": _csv,
         ".parquet": _parquet,
-        ".txt": _paragraphs,
+        ".txt": partial(_texts, unit=text_unit),
     }
     if kind.lower() not in readers:
         expected = ", ".join(readers)
@@ -116,11 +121,13 @@ def _csv(path: str, content: bytes) -> list[Any]:
     return [dict(zip(header, row, strict=False)) for row in rows]
 
 
-def _paragraphs(path: str, content: bytes) -> list[Any]:
-    """One text per paragraph where blank lines part them, else one per line."""
+def _texts(path: str, content: bytes, unit: TextUnit) -> list[Any]:
+    """One row per paragraph (parted by blank lines), line that is not blank, or file."""
     lines = [line.strip() for line in _text(path, content).strip().split("\n")]
     text = "\n".join(lines)
-    parts = re.split(r"\n{2,}", text) if "" in lines else lines
+    if unit == "auto":
+        unit = "paragraph" if "" in lines else "line"
+    parts = {"paragraph": re.split(r"\n{2,}", text), "line": list(filter(None, lines)), "file": [text]}[unit]
     return [{"text": part} for part in parts]
 
 

@@ -52,7 +52,7 @@ def load_source(config: SourceConfig, purpose: str, accepted_formats: Sequence[s
 
     Raises UserError before any model is touched.
     """
-    raw = _pocket_rows(purpose) if config.path == "pocket" else read_rows(config.path)
+    raw = _pocket_rows(purpose) if config.path == "pocket" else read_rows(config.path, config.text_unit)
     raw = raw if config.limit is None else raw[: config.limit]
     layout = find_layout(config.path, raw, config.format)
     if layout.format not in accepted_formats:
@@ -219,6 +219,17 @@ def _mmlu(row: Mapping[str, Any]) -> SourceRow:
     return {"question": _text(row["question"]), "choices": choices, "answer": answer, "subject": _text(row["subject"])}
 
 
+def _marked_text(row: Mapping[str, Any]) -> SourceRow:
+    """The text stays as it is, outer blanks and all, because the span counts its characters."""
+    _text(row["text"])
+    text, start, end = row["text"], _number(row["span_start"], int), _number(row["span_end"], int)
+    if not 0 <= start < end <= len(text):
+        raise Unusable("span_out_of_range")
+    if not (text[:start] + text[end:]).strip():
+        raise Unusable("nothing_left_without_span")
+    return {"text": text, "span": [start, end], "subject": _text(row.get("subject", "text"))}
+
+
 def _latent_label(row: Mapping[str, Any]) -> SourceRow:
     layer, index, score = _number(row["layer"], int), _number(row["index"], int), _number(row["score"], float)
     if layer < 0 or index < 0:
@@ -246,6 +257,7 @@ LAYOUTS = (
     ),
     Layout("known_facts", ("subject", "template", "attribute", "relation_id"), _known_fact),
     Layout("mmlu", ("question", "choices", "answer", "subject"), _mmlu),
+    Layout("marked_text", ("text", "span_start", "span_end"), _marked_text, ("subject",)),
     Layout("text", ("text",), lambda row: {"text": _text(row["text"])}),
     Layout("latent_labels", ("layer", "index", "description", "accepted", "score"), _latent_label, ("kind", "vector")),
 )

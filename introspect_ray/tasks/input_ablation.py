@@ -1,7 +1,8 @@
-"""Task 3, input ablation (P1, section 2.4): a multiple-choice question with a hint.
+"""Task 3, input ablation (P1, section 2.4): a multiple-choice question with a hint, or a text with a marked span.
 
-The target answers with the hint and without it (the hint's tokens ablated). Does its answer change, and to what?
-Against P1: greedy next token of the plain prompt; an answer that names no option is kept as a row with that reason.
+The target answers with the hint and without it (the hint's characters ablated). Does its answer change, and to what?
+Against P1: greedy next token of the plain prompt; an answer that names no option is kept as a row with that reason. A
+marked span is treated as a hint is, except that the target continues the text as it likes.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from introspect_ray.tasks.base import (
 )
 from introspect_ray.tasks.verdict import VerdictTask
 
+MARKED = "marked span"
+"""What `hint_is` says of a span that the source marks."""
 _SLOT = re.compile(r"\{question\}|\{options\}")
 
 
@@ -67,7 +70,7 @@ class InputAblation(VerdictTask):
     has_vectors: ClassVar[bool] = False
     breakdowns: ClassVar[Mapping[str, str]] = {"Hint and truth": "hint_is", "Subject": "subject"}
     unshared: ClassVar[tuple[str, ...]] = ()
-    source_formats: ClassVar[tuple[str, ...]] = ("mmlu",)
+    source_formats: ClassVar[tuple[str, ...]] = ("mmlu", "marked_text")
 
     def schema(self, width: int, config: GenerateConfig) -> pa.Schema:  # noqa: ARG002 - no vectors here
         return pa.schema(
@@ -87,20 +90,22 @@ class InputAblation(VerdictTask):
         )
 
     def plan(self, rows: Sequence[Mapping[str, Any]], config: GenerateConfig, split_of: SplitOf) -> Plan:
-        """One item per question; the group is the question's stem, whatever its options."""
+        """One item per question or marked span; the group is the question's stem or the text."""
         plan = Plan(num_source_rows=len(rows))
+        settings = config.input_ablation
         for row in rows:
-            hinted = _hinted(row, config.input_ablation, config.seed)
-            item = {
-                "split": split_of(row["question"]),
-                "group": stable_id("question", row["question"]),
-                "subject": row["subject"],
-                "question": row["question"],
-                "choices": list(row["choices"]),
-                "correct": int(row["answer"]),
-                "hinted": hinted,
-            }
-            settings = config.input_ablation
+            if "span" in row:
+                key = ("text", row["text"])
+                content = {"text": row["text"], "span": list(row["span"])}
+            else:
+                key = ("question", row["question"])
+                content = {
+                    "question": row["question"],
+                    "choices": list(row["choices"]),
+                    "correct": int(row["answer"]),
+                    "hinted": _hinted(row, settings, config.seed),
+                }
+            item = {"split": split_of(key[1]), "group": stable_id(*key), "subject": row["subject"], **content}
             item_id = stable_id(self.name, item, row["row"], settings.model_dump())
             plan.items.append({"item_id": item_id, **item})
         return plan
@@ -111,8 +116,7 @@ class InputAblation(VerdictTask):
         asked: list[tuple[Item, str, tuple[int, int]]] = []
         prompts: list[list[int]] = []
         for item in items:
-            text, span = question_text(item["question"], item["choices"], item["hinted"], settings)
-            assert span, "every item has a hint"
+            text, span = _text_and_span(item, settings)
             ids = target.encode(text)
             failure = too_long(target, item, ids) or _unsayable(target, item, settings)
             if failure is not None:
@@ -141,10 +145,19 @@ class InputAblation(VerdictTask):
         without_hint: str,
         config: InputAblationConfig,
     ) -> Record:
-        answers = answers_of(item["choices"], config)
-        for answer, which in ((with_hint, "with"), (without_hint, "without")):
-            if answer not in answers:
-                return failed(item, "answer_names_no_option", f"{which} the hint the target says {answer!r}")
+        if "span" in item:
+            about = {"hint": text[slice(*span)].strip(), "hint_is": MARKED, "correct": None}
+        else:
+            answers = answers_of(item["choices"], config)
+            for answer, which in ((with_hint, "with"), (without_hint, "without")):
+                if answer not in answers:
+                    return failed(item, "answer_names_no_option", f"{which} the hint the target says {answer!r}")
+            is_right = item["hinted"] == item["correct"]
+            about = {
+                "hint": answers[item["hinted"]],
+                "hint_is": "right hint" if is_right else "wrong hint",
+                "correct": answers[item["correct"]],
+            }
         return {
             "record_id": stable_id("record", item["item_id"]),
             "status": OK,
@@ -153,9 +166,7 @@ class InputAblation(VerdictTask):
             "text": text,
             "hint_start": span[0],
             "hint_end": span[1],
-            "hint": answers[item["hinted"]],
-            "hint_is": "right hint" if item["hinted"] == item["correct"] else "wrong hint",
-            "correct": answers[item["correct"]],
+            **about,
             "original": with_hint,
             "content": without_hint,
             "changed": with_hint != without_hint,
@@ -165,17 +176,33 @@ class InputAblation(VerdictTask):
         return None
 
     def render(self, record: Record) -> Example:
-        query = Query((f"What if the hint was removed?\n{record['text']}",))
+        text, start, end = record["text"], record["hint_start"], record["hint_end"]
+        asked = "What if the hint was removed?\n" + text
+        if record["hint_is"] == MARKED:
+            asked = f"What if the part in [[ ]] was removed?\n{text[:start]}[[{text[start:end]}]]{text[end:]}"
+        query = Query((asked,))
         return Example(query, self.wording.render(self.truth(record)))
 
     def display(self, record: Record) -> tuple[list[tuple[str, bool]], dict[str, str]]:
         text, start, end = record["text"], record["hint_start"], record["hint_end"]
         pieces = [(text[:start], False), (text[start:end], True), (text[end:], False)]
-        return pieces, {"answer with the hint": record["original"], "correct answer": record["correct"]}
+        about = {"answer with the hint": record["original"], "correct answer": record["correct"]}
+        return pieces, {name: value for name, value in about.items() if value is not None}
+
+
+def _text_and_span(item: Item, config: InputAblationConfig) -> tuple[str, tuple[int, int]]:
+    """The prompt of an item, and the characters of it that are ablated."""
+    if "span" in item:
+        return item["text"], (item["span"][0], item["span"][1])
+    text, span = question_text(item["question"], item["choices"], item["hinted"], config)
+    assert span, "every question has a hint"
+    return text, span
 
 
 def _unsayable(target: Target, item: Item, config: InputAblationConfig) -> Record | None:
     """The failed record of an item with an answer that is no single token, so that the target could never give it."""
+    if "span" in item:
+        return None
     for answer in answers_of(item["choices"], config):
         # A next token usually brings the blank before it along.
         if all(single_token(target.tokenizer, text) is None for text in (f" {answer}", answer)):

@@ -182,6 +182,34 @@ def test_a_text_file_holds_paragraphs_or_lines(tmp_path, content, texts):
     assert [row["text"] for row in load(tmp_path / "a.txt", "text").rows] == texts
 
 
+@pytest.mark.parametrize(
+    ("unit", "texts"),
+    [
+        ("paragraph", ["one\nstill one", "two"]),
+        ("line", ["one", "still one", "two"]),
+        ("file", ["one\nstill one\n\ntwo"]),
+    ],
+)
+def test_what_one_text_of_a_text_file_is_can_be_said(tmp_path, unit, texts):
+    (tmp_path / "a.txt").write_text("one\nstill one\n\ntwo\n")
+    source = load_source(SourceConfig(path=str(tmp_path / "a.txt"), text_unit=unit), "text", ("text",))
+    assert [row["text"] for row in source.rows] == texts
+
+
+def test_marked_spans_keep_their_text_as_it_is(tmp_path):
+    spans = [(" a b c", 2, 4), ("x", 0, 1), ("x y", 2, 9), ("x y", 2, 2), ("x y", 0, 1), ("x y", 0, "wide")]
+    rows = [{"text": text, "span_start": start, "span_end": end} for text, start, end in spans]
+    source = load(jsonl(tmp_path / "a.jsonl", [*rows, {**rows[4], "subject": "letters"}]), "marked_text")
+    assert source.format == "marked_text"
+    assert source.rows == [
+        {"text": " a b c", "span": [2, 4], "subject": "text", "row": 0},
+        {"text": "x y", "span": [0, 1], "subject": "text", "row": 4},
+        {"text": "x y", "span": [0, 1], "subject": "letters", "row": 6},
+    ]
+    reasons = {1: "nothing_left_without_span", 2: "span_out_of_range", 3: "span_out_of_range", 5: "wrong_type"}
+    assert dict(source.rejected) == reasons
+
+
 def test_limit_takes_the_first_rows(tmp_path):
     source = load(jsonl(tmp_path / "a.jsonl", [question(f"q{n}") for n in range(9)]), "mmlu", limit=4)
     assert (source.num_rows, [row["row"] for row in source.rows]) == (4, [0, 1, 2, 3])

@@ -1,7 +1,9 @@
 """Input ablation: what is taken out, and that every record says what two plain greedy answers say."""
 
 from collections import Counter
+from itertools import permutations
 
+import pyarrow as pa
 import pytest
 from task_helpers import WIDTH, greedy, says_only, tiny_target
 
@@ -132,6 +134,31 @@ def test_records_say_what_two_greedy_answers_say(config, said, family, bos):
         assert TASK.parse(example.answer) == Answer(record["changed"], without) == TASK.truth(record)
     kinds = Counter(record.get("changed") for record in records if record["status"] == OK)
     assert kinds[True] >= 2 and kinds[False] >= 2
+
+
+def test_any_marked_span_of_a_text_is_ablated_as_a_hint_is():
+    target = tiny_target("llama", bos=True)
+    texts = [f"the {word} sat on the {other} number {row}" for row, (word, other) in enumerate(permutations(WORDS, 2))]
+    rows = [
+        {"row": 2 * row + half, "text": text, "span": [start, start + 4], "subject": "text"}
+        for row, text in enumerate(texts)
+        for half, start in enumerate((0, 8))
+    ]
+    plan = TASK.plan(rows, LETTERS, lambda _: "test")
+    assert len({item["item_id"] for item in plan.items}) == 24 and len({item["group"] for item in plan.items}) == 12
+    records = generate_records(TASK, target, plan.items, LETTERS)
+    for row, record in zip(rows, records, strict=True):
+        text, (start, end) = row["text"], row["span"]
+        without = text[:start] + text[end:]
+        assert (record["status"], record["text"], record["hint"]) == (OK, text, text[start:end].strip())
+        assert (record["original"], record["content"]) == (greedy(target, text), greedy(target, without))
+        assert record["changed"] is (record["original"] != record["content"])
+        assert (record["hint_is"], record["correct"]) == ("marked span", None)
+        (asked,) = TASK.render(record).query.parts
+        assert asked.endswith(f"{text[:start]}[[{text[start:end]}]]{text[end:]}")
+        assert "correct answer" not in TASK.display(record)[1]
+    assert len({record["changed"] for record in records}) == 2
+    pa.Table.from_pylist(records, TASK.schema(WIDTH, LETTERS))
 
 
 def test_an_answer_that_names_no_option_is_a_row_with_that_reason():
