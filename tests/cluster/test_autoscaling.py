@@ -26,6 +26,8 @@ from introspect_ray.data.generate import generate_dataset
 TESTS = Path(__file__).parents[1]
 QUESTIONS = [f"question {number}" for number in range(60)]
 MAX_WORKERS = 2
+HEAD_TYPE = "ray.head.default"
+"""The provider knows its head by this name alone."""
 START_LIMIT_S, END_LIMIT_S = 180, 180
 
 pytestmark = pytest.mark.timeout(600)
@@ -56,10 +58,10 @@ def autoscaling_config(address):
         "upscaling_speed": 1.0,
         "provider": provider,
         "available_node_types": {
-            "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            HEAD_TYPE: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
             "worker": {**worker, "max_workers": MAX_WORKERS},
         },
-        "head_node_type": "head",
+        "head_node_type": HEAD_TYPE,
         "auth": {},
         **{f"{part}_commands": [] for part in ("setup", "initialization", "head_setup", "worker_setup")},
         **{f"{part}_start_ray_commands": [] for part in ("head", "worker")},
