@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -78,6 +79,8 @@ def without_ray(folder: Path, limit: int) -> dict[str, float]:
 
 def with_ray(folder: Path, limit: int) -> dict[str, float]:
     """The whole job on a local cluster with one actor; the peaks of driver and actor beside."""
+    import ray
+
     from introspect_ray.data.generate import generate_dataset
 
     actor_peak = 0
@@ -87,6 +90,8 @@ def with_ray(folder: Path, limit: int) -> dict[str, float]:
         if (folder / "ready").exists():
             actor_peak = max(actor_peak, _peak_of(json.loads((folder / "ready").read_text())["pid"]))
 
+    # An actor's process has never heard of this file.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[timed_target.__module__])
     summary = generate_dataset(config_of(folder, limit), watch, load_target=timed_target)
     start = json.loads((folder / "ready").read_text())["time"]
     rows = summary.manifest.num_records
