@@ -90,15 +90,25 @@ def fit_alignment(
     as frequent ones. Every text whose number is a multiple of `config.hold_out_every` is not fitted on but scored on.
 
     Raises:
-        UserError: a model cannot be loaded, a layer is not there, or fewer than two token types align.
+        UserError: a model cannot be loaded, a layer is not there, or too few token types align to fit or to score on.
     """
     target = Target.load(config.target)
     explainer, tokenizer = load_model(config.explainer), load_tokenizer(config.explainer)
     layers = config.layers if config.layers is not None else tuple(range(target.num_layers))
     pairs = [_align(target, tokenizer, text) for text in texts]
     counts = Counter(token for one in pairs for token in one.tokens.tolist())
-    if len(counts) < 2:
-        raise UserError(f"the texts align {len(counts)} token types of target and explainer, expected at least 2")
+    fitted, held = (
+        {token for one in sample for token in one.tokens.tolist()}
+        for sample in (
+            [one for number, one in enumerate(pairs) if number % config.hold_out_every],
+            pairs[:: config.hold_out_every],
+        )
+    )
+    if min(len(fitted), len(held)) < 2:
+        raise UserError(
+            f"the {len(pairs)} texts align {len(fitted)} token types of target and explainer to fit on and {len(held)}"
+            " to score on, expected at least 2 of each: give more texts"
+        )
     width = embedding_weight(explainer).shape[1]
     sums = {(layer, held): _Moments.zero(target.width, width) for layer in layers for held in (False, True)}
     done = 0

@@ -114,6 +114,12 @@ def test_layer_out_of_range_is_refused(tmp_path):
         fit_projection(fit_config(tmp_path, layers=[2]), lambda *_: None)
 
 
+def test_too_few_texts_to_fit_and_score_on_are_refused(tmp_path):
+    source = {"path": str(tmp_path / "texts.jsonl"), "limit": 1}
+    with pytest.raises(UserError, match=r"the 1 texts align 0 token types .* to fit on and \d+ to score on"):
+        fit_projection(fit_config(tmp_path, source=source), lambda *_: None)
+
+
 def test_training_refuses_maps_that_were_fitted_for_something_else(tmp_path):
     fit_projection(fit_config(tmp_path), lambda *_: None)
     explainer = {"model": fit_config(tmp_path).explainer.model_dump(), "fitted_projection": str(tmp_path / "fitted")}
