@@ -76,8 +76,9 @@ class ModelConfig(Config):
     """Dtype of the weights in memory; `auto` takes the checkpoint's."""
     device: str = "auto"
     """`auto` takes a GPU if the process has one, else the CPU."""
-    quantization: Literal["none", "nf4"] = "none"
-    """`nf4` keeps the weights of linear layers in 4 bits (bitsandbytes) and computes in `dtype`."""
+    quantization: Literal["none", "nf4", "nf4_double"] = "none"
+    """`nf4` keeps the weights of linear layers in 4 bits (bitsandbytes) and computes in `dtype`; `nf4_double` quantizes
+    their scales as well."""
     device_map: Literal["none", "auto", "balanced", "sequential"] = "none"
     """How layers spread over the GPUs of one process when one does not hold the model (accelerate); `none` uses one."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -339,7 +340,7 @@ class TrainerConfig(Config):
     micro_batch_tokens: Annotated[int, Field(ge=1)] = 1024
     """Largest padded size of one forward pass on one worker; more is faster on a GPU, less is faster on a CPU."""
     max_failures: Annotated[int, Field(ge=0)] = 3
-    """Worker failures that are recovered from before the run fails."""
+    """Worker failures that are recovered from before the run fails; a new checkpoint starts the count anew."""
     sharding: Literal["none", "fsdp2"] = "none"
     """`fsdp2` shards weights, gradients and optimizer state per decoder layer over the workers; `none` keeps a whole
     copy on each."""
@@ -353,6 +354,12 @@ class TrainerConfig(Config):
     """Go on with fewer workers, down to so many, when the cluster has lost some; none waits for all of them."""
     compute_dtype: Literal["model", "bfloat16"] = "model"
     """`bfloat16`: master weights in the model's dtype, computation in bfloat16, gradients summed in float32."""
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> Self:
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers is {self.min_workers}, expected at most num_workers {self.num_workers}")
+        return self
 
 
 class EvaluationDuringConfig(Config):

@@ -81,6 +81,7 @@ class TrainingRun:
 def prepare(config: TrainConfig) -> TrainingRun:
     """Check a run from end to end. Raises UserError; reads the datasets but no weights, and writes nothing."""
     config = _absolute(config)
+    _check_method(config)
     datasets = [open_dataset(url) for url in config.datasets]
     if not datasets:
         raise UserError("datasets is empty, expected at least one dataset folder")
@@ -108,10 +109,11 @@ def prepare(config: TrainConfig) -> TrainingRun:
 def relevant(config: TrainConfig) -> TrainConfig:
     """The config with everything that cannot change the result set to its default.
 
-    Workers and micro-batches stay out: they change a sum's order of rounding and nothing else. Datasets and fitted
-    projections are known by their contents, not by where they lie.
+    Workers, sharding and micro-batches stay out: they change a sum's order of rounding and nothing else. Datasets and
+    fitted projections are known by their contents, not by where they lie.
     """
-    reset: dict[str, Any] = {"output": "", "trainer": TrainerConfig(), "datasets": ()}
+    trainer = TrainerConfig(compute_dtype=config.trainer.compute_dtype)
+    reset: dict[str, Any] = {"output": "", "trainer": trainer, "datasets": ()}
     if config.method == "full":
         reset["lora"] = LoraConfig()
     model = config.explainer.model.model_copy(update={"device": "auto"})
@@ -138,6 +140,21 @@ def _absolute(config: TrainConfig) -> TrainConfig:
             ),
         }
     )
+
+
+def _check_method(config: TrainConfig) -> None:
+    """Refuse weights that cannot be trained or loaded the way that is asked for."""
+    model, method, sharding = config.explainer.model, config.method, config.trainer.sharding
+    if method == "full" and model.quantization != "none":
+        raise UserError(f"explainer.model.quantization is {model.quantization}, but method full trains all weights")
+    if method == "qlora" or sharding == "fsdp2":
+        asked = "method qlora" if method == "qlora" else f"trainer.sharding {sharding}"
+        for field, found in (("quantization", model.quantization), ("device_map", model.device_map)):
+            if found != "none":
+                raise UserError(
+                    f"explainer.model.{field} is {found}, but {asked} places weights itself: expected none"
+                    " (method qlora quantizes them)"
+                )
 
 
 def _check_one_target(datasets: list[Dataset]) -> None:
