@@ -32,7 +32,15 @@ from introspect_ray.explainer.fitted import read_maps
 from introspect_ray.explainer.projections import Projections, resolve_kind
 from introspect_ray.models.loading import load_model, load_tokenizer, no_progress_bar
 from introspect_ray.models.paths import resolve_device
-from introspect_ray.models.streaming import INDEX_FILE, SINGLE_FILE, Streamer, WeightFiles, empty_model, quantize_layers
+from introspect_ray.models.streaming import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    Streamer,
+    WeightFiles,
+    empty_model,
+    quantize_layers,
+    weights_dtype,
+)
 from introspect_ray.models.structure import decoder_layers
 
 Parts = tuple[nn.Module, PreTrainedTokenizerBase, Projections, ExplainerCard]
@@ -65,7 +73,7 @@ def stream_parts(
     tokenizer = load_tokenizer(config.model)
     placeholders = choose_placeholders(tokenizer)
     files = WeightFiles(config.model)
-    model = empty_model(config.model, files, len(tokenizer))
+    model = empty_model(config.model, weights_dtype(config.model, files), len(tokenizer))
     if compute_dtype is not None:
         quantize_layers(model, compute_dtype)
     model.requires_grad_(lora is None)
@@ -142,6 +150,28 @@ def with_adapter(model: PreTrainedModel, config: LoraConfig, seed: int) -> nn.Mo
                 if ".lora_" in name:
                     parameter.copy_(adapter_start(name, parameter.shape, seed))
     return adapted
+
+
+def check_modules(model: ModelConfig, config: LoraConfig) -> None:
+    """Refuse names of modules that the model has none of, without its weights.
+
+    Raises:
+        UserError: names the modules that are not there, and those that could be meant.
+    """
+    names = [
+        name
+        for name, module in decoder_layers(empty_model(model, torch.float32, 0)).named_modules()
+        if getattr(module, "weight", None) is not None and module.weight.dim() == 2
+    ]
+    unknown = [
+        wanted for wanted in config.target_modules if not any(f".{name}".endswith(f".{wanted}") for name in names)
+    ]
+    if unknown:
+        there = sorted({name.rpartition(".")[2] for name in names})
+        raise UserError(
+            f"lora.target_modules names {', '.join(unknown)}, of which model path '{model.path}' has none: expected"
+            f" some of {', '.join(there)}"
+        )
 
 
 def adapter_start(name: str, shape: torch.Size, seed: int) -> Tensor:

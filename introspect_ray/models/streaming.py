@@ -79,7 +79,14 @@ def _local_folder(config: ModelConfig) -> Path:
         raise load_error(config.path, error) from error
 
 
-def empty_model(config: ModelConfig, files: WeightFiles, num_tokens: int) -> PreTrainedModel:
+def weights_dtype(config: ModelConfig, files: WeightFiles) -> torch.dtype:
+    """What the weights of `config` are kept in."""
+    if config.dtype != "auto":
+        return cast(torch.dtype, getattr(torch, config.dtype))
+    return getattr(check_model(config), "dtype", None) or files.read(next(iter(files.file_of))).dtype
+
+
+def empty_model(config: ModelConfig, dtype: torch.dtype, num_tokens: int) -> PreTrainedModel:
     """The model of `config` in eval mode and frozen, buffers real and parameters on the meta device.
 
     Args:
@@ -90,9 +97,6 @@ def empty_model(config: ModelConfig, files: WeightFiles, num_tokens: int) -> Pre
     found = check_model(config)
     text = found.get_text_config(decoder=True)
     text.vocab_size = max(text.vocab_size, num_tokens)
-    dtype = getattr(found, "dtype", None) if config.dtype == "auto" else getattr(torch, config.dtype)
-    if dtype is None:
-        dtype = files.read(next(iter(files.file_of))).dtype
     try:
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(

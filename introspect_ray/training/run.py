@@ -20,6 +20,7 @@ from introspect_ray.data.manifest import TargetIdentity
 from introspect_ray.data.storage import TEMPORARY, Folder
 from introspect_ray.errors import UserError
 from introspect_ray.explainer.card import CARD_FILE, TargetInfo, is_remote
+from introspect_ray.explainer.files import check_modules
 from introspect_ray.explainer.fitted import read_alignment, read_maps
 from introspect_ray.explainer.projections import resolve_kind
 from introspect_ray.tasks.base import stable_id
@@ -88,6 +89,8 @@ def prepare(config: TrainConfig) -> TrainingRun:
     _check_one_target(datasets)
     target = datasets[0].manifest.target
     base = identify_target(config.explainer.model)
+    if config.method != "full":
+        check_modules(config.explainer.model, config.lora)
     resolve_kind(config.explainer, target.width, base.width)
     start = _check_fitted(config.explainer, target, base.width)
     for dataset in datasets:

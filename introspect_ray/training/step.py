@@ -106,13 +106,15 @@ class Stepper:
         total = torch.zeros((), device=self.explainer.device)
         mine = share(chosen, self.lengths, self.workers.rank, self.workers.size)
         groups = micro_batches(mine, self.lengths, self.config.trainer.micro_batch_tokens)
+        # Every pass needs the shards of all workers, so those with fewer micro-batches add some that count zero.
+        num_passes = (
+            self.workers.largest(len(groups), self.explainer.device) if self.trainable.is_sharded else len(groups)
+        )
         for group in groups:
             total += self._backward([self.examples.encoded[index] for index in group], loss_tokens)
-        if self.trainable.is_sharded:
-            # Every pass needs the shards of all workers, so those with fewer micro-batches pass over one that counts 0.
-            idle = self.examples.encoded[min(chosen, key=lambda index: self.lengths[index])]
-            for _ in range(self.workers.largest(len(groups), self.explainer.device) - len(groups)):
-                self._backward([idle], loss_tokens, weight=0.0)
+        idle = self.examples.encoded[min(chosen, key=lambda index: self.lengths[index])]
+        for _ in range(num_passes - len(groups)):
+            self._backward([idle], loss_tokens, weight=0.0)
         return total
 
     def _backward(self, batch: Sequence[Encoded], loss_tokens: int, weight: float = 1.0) -> torch.Tensor:

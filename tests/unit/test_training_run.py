@@ -66,6 +66,11 @@ def test_model_that_does_not_exist(tmp_path):
         prepare(train_config(tmp_path, explainer__model__path=str(tmp_path / "nowhere")))
 
 
+def test_modules_that_the_model_does_not_have(tmp_path):
+    with pytest.raises(UserError, match=r"names k, c_attn, of which .*base' has none: expected some of down_proj,"):
+        prepare(train_config(tmp_path, method="lora", lora__target_modules=("k", "q_proj", "c_attn", "mlp.up_proj")))
+
+
 def test_output_of_another_config_is_refused_and_of_an_equivalent_one_is_not(tmp_path):
     prepare(train_config(tmp_path)).record({})
     prepare(train_config(tmp_path, trainer__log_every=1, trainer__num_workers=5, lora__rank=3))

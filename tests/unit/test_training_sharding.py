@@ -39,7 +39,7 @@ def test_streamed_weights_are_those_that_load(tmp_path, family):
     config = ModelConfig(path=str(model_folder(tmp_path, family)), device="cpu", attention="eager")
     expected = load_model(config)
     files = WeightFiles(config)
-    model = empty_model(config, files, num_tokens=0)
+    model = empty_model(config, torch.float32, num_tokens=0)
     assert all(parameter.is_meta for parameter in model.parameters())
     Streamer(model, files, torch.device("cpu"), fill=lambda name, _: pytest.fail(name)).load(model)
     found, wanted = dict(model.named_parameters()), dict(expected.named_parameters())
@@ -56,7 +56,7 @@ def test_checkpoints_of_another_model_are_refused(tmp_path):
 
     def stream():
         files = WeightFiles(config)
-        model = empty_model(config, files, 0)
+        model = empty_model(config, torch.float32, 0)
         Streamer(model, files, torch.device("cpu"), lambda name, _: pytest.fail(name)).load(model)
 
     save_file({**weights, name: torch.zeros(3, 4)}, tmp_path / "model.safetensors", {"format": "pt"})
