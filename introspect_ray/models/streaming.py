@@ -149,19 +149,20 @@ class Streamer:
         # Embeddings may have more rows than the checkpoint: those of tokens that were added.
         heads = (model.get_input_embeddings(), model.get_output_embeddings())
         self._may_grow = {id(module.weight) for module in heads if module is not None}
-        # The key is the empty parameter: tied weights are one parameter in several places and stay one.
-        self._made: dict[nn.Parameter, nn.Parameter] = {}
         self._key_of = self._keys()
 
     def load(self, part: nn.Module) -> None:
         """Give every parameter inside `part` that is still empty its values, on the device."""
+        # The key is the empty parameter: tied weights are one parameter in several places and stay one. Nothing is kept
+        # beyond this call, so that the caller can let go of what it has cut up.
+        made: dict[nn.Parameter, nn.Parameter] = {}
         for module in part.modules():
             prefix = self._names[module]
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.is_meta:
-                    if parameter not in self._made:
-                        self._made[parameter] = self._real(module, f"{prefix}.{name}", parameter)
-                    module._parameters[name] = self._made[parameter]
+                    if parameter not in made:
+                        made[parameter] = self._real(module, f"{prefix}.{name}", parameter)
+                    module._parameters[name] = made[parameter]
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     key = self._key_of.get(f"{prefix}.{name}")

@@ -25,7 +25,7 @@ from introspect_ray.training.workers import Workers
 
 JOB = Path(__file__).parents[2] / "jobs" / "train_explainer.py"
 START_LIMIT_S = 300
-STEPS = 60
+STEPS = 32
 WORKER_TITLE = "RayTrainWorker"
 
 pytestmark = pytest.mark.timeout(3 * START_LIMIT_S)
@@ -77,28 +77,34 @@ class Killer(threading.Thread):
         self.checkpoints = Path(config.output) / "checkpoints"
         self.after = after
         self.killed: list[int] = []
+        self.gone: set[int] = set()
 
     def run(self) -> None:
         for step in self.after:
+            # Whom to kill is found out before it is time: the steps that are left may take less than looking.
+            while not (workers := self._workers()):
+                time.sleep(0.1)
             while not any(self._step(path) >= step for path in self.checkpoints.glob("step_*/state.json")):
                 time.sleep(0.01)
-            # The last of the group by age, so once the one and once the other rank.
-            workers = sorted(self._workers(), key=lambda process: process.create_time(), reverse=bool(self.killed))
             self.killed.append(workers[0].pid)
             workers[0].send_signal(signal.SIGKILL)
+            self.gone |= {process.pid for process in workers}
 
     def _step(self, path: Path) -> int:
         return int(path.parent.name.removeprefix("step_"))
 
     def _workers(self) -> list[psutil.Process]:
+        """The two processes of a group that was not killed yet, or none; after a kill in the other order of age."""
         found = []
         for process in psutil.Process().children(recursive=True):
             try:
-                if WORKER_TITLE in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                if process.cmdline()[:1] and WORKER_TITLE in process.cmdline()[0]:
                     found.append(process)
             except psutil.NoSuchProcess:
                 continue
-        return found
+        found = [process for process in found if process.pid not in self.gone]
+        ordered = sorted(found, key=lambda process: process.create_time(), reverse=bool(self.killed))
+        return ordered if len(ordered) == 2 else []
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
@@ -106,7 +112,7 @@ def test_killed_workers_leave_no_trace_and_two_equal_one(folder, caplog, method)
     undisturbed = config_of(folder, f"{method}-undisturbed", method)
     train_explainer(undisturbed, lambda *_: None)
     config = config_of(folder, f"{method}-killed", method)
-    killer = Killer(config, after=(4, 20))
+    killer = Killer(config, after=(4, 12))
     killer.start()
     train_explainer(config, lambda *_: None)
     assert len(set(killer.killed)) == 2

@@ -1,6 +1,8 @@
 """Sharded weights in one process: streamed as `load_model` would load them, trained to what an unsharded run gets."""
 
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from introspect_ray.explainer.files import adapter_start
 from introspect_ray.explainer.model import Explainer
 from introspect_ray.models.loading import load_model
 from introspect_ray.models.streaming import Streamer, WeightFiles, empty_model
+from introspect_ray.training import sharding
 from introspect_ray.training.checkpoint import Checkpoints, CheckpointStore, TrainState
 from introspect_ray.training.loop import build, fit
 from introspect_ray.training.metrics import read_metrics
@@ -47,6 +50,24 @@ def test_streamed_weights_are_those_that_load(tmp_path, family):
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     ids = torch.tensor([[5, 6, 7]])
     torch.testing.assert_close(model(ids).logits, expected(ids).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ["full", "qlora"])
+def test_layer_that_was_cut_up_is_not_kept_whole(tmp_path, monkeypatch, method):
+    """So a process holds one layer beside its shards, whatever the model's size."""
+    whole = []
+    real = sharding.fully_shard
+
+    def watched(module, **options):
+        if not isinstance(module, Explainer):
+            gc.collect()
+            assert [ref for ref in whole if ref() is not None] == []
+            whole.extend(weakref.ref(parameter.untyped_storage()) for parameter in module.parameters())
+        return real(module, **options)
+
+    monkeypatch.setattr(sharding, "fully_shard", watched)
+    build(run_of(tmp_path, "run", method=method, trainer__sharding="fsdp2"))
+    assert len(whole) > 2
 
 
 def test_checkpoints_of_another_model_are_refused(tmp_path):
