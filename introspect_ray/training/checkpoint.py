@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from introspect_ray.data.storage import Folder
+from introspect_ray.errors import UserError
 from introspect_ray.training.pieces import DamagedPieces, PieceReader, Rows, index_bytes, write_pieces
 from introspect_ray.training.trainable import Trainable
 
@@ -165,7 +166,17 @@ class Checkpoints:
         self._writing: _Writing | None = None
 
     def restore(self, at_step: int | None = None) -> TrainState:
-        """Load the newest checkpoint that is whole for all workers, or the one of a step; a fresh state without one."""
+        """Load the newest checkpoint that is whole for all workers, or the one of a step; a fresh state without one.
+
+        Raises:
+            ConnectionError: this worker cannot reach the storage, which says nothing against the checkpoints there.
+        """
+        try:
+            return self._restore(at_step)
+        except UserError as error:
+            raise ConnectionError(str(error)) from error  # Nobody's mistake: the group ends, and another one tries.
+
+    def _restore(self, at_step: int | None) -> TrainState:
         below = None if at_step is None else at_step + 1
         while True:
             own = self.store.newest(below) if self.workers.rank == 0 else 0

@@ -170,7 +170,10 @@ def _watched(run: TrainingRun, progress: Progress) -> Iterator[None]:
 
     def look() -> None:
         nonlocal shown
-        metrics = read_metrics(run.folder)
+        try:
+            metrics = read_metrics(run.folder)
+        except UserError:
+            return  # storage that is away for a while is the workers' to tell
         if metrics and metrics[-1]["step"] != shown:
             shown = metrics[-1]["step"]
             progress(shown, run.config.optimization.steps, metrics[-1]["loss"])

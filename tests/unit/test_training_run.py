@@ -227,3 +227,21 @@ def test_checkpoint_that_cannot_be_written_is_told_and_costs_nothing_else(tmp_pa
     saved(checkpoints, 6)
     assert others.restore().step == 6
     assert torch.equal(other["a"], parameters["a"])
+
+
+def test_storage_that_cannot_be_reached_is_no_reason_to_pass_a_checkpoint_over(tmp_path, monkeypatch):
+    checkpoints, _, _ = checkpoints_of(Folder(str(tmp_path)), 0, 1)
+    saved(checkpoints, 2)
+    saved(checkpoints, 4)
+    real = Folder.read
+
+    def unreachable(self, name, *span):
+        if name.endswith(".safetensors"):
+            raise UserError(f"{self.url}/{name} cannot be read: timed out")
+        return real(self, name, *span)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Folder, "read", unreachable)
+        with pytest.raises(ConnectionError, match="timed out"):
+            checkpoints.restore()
+    assert checkpoints.restore().step == 4
