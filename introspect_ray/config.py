@@ -76,8 +76,9 @@ class ModelConfig(Config):
     """Dtype of the weights in memory; `auto` takes the checkpoint's."""
     device: str = "auto"
     """`auto` takes a GPU if the process has one, else the CPU."""
-    quantization: Literal["none", "nf4"] = "none"
-    """`nf4` keeps the weights of linear layers in 4 bits (bitsandbytes) and computes in `dtype`."""
+    quantization: Literal["none", "nf4", "nf4_double"] = "none"
+    """`nf4` keeps the weights of linear layers in 4 bits (bitsandbytes) and computes in `dtype`; `nf4_double` quantizes
+    their scales as well."""
     device_map: Literal["none", "auto", "balanced", "sequential"] = "none"
     """How layers spread over the GPUs of one process when one does not hold the model (accelerate); `none` uses one."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -339,7 +340,50 @@ class TrainerConfig(Config):
     micro_batch_tokens: Annotated[int, Field(ge=1)] = 1024
     """Largest padded size of one forward pass on one worker; more is faster on a GPU, less is faster on a CPU."""
     max_failures: Annotated[int, Field(ge=0)] = 3
-    """Worker failures that are recovered from before the run fails."""
+    """Worker failures that are recovered from before the run fails; a new checkpoint starts the count anew."""
+    sharding: Literal["none", "fsdp2"] = "none"
+    """`fsdp2` shards weights, gradients and optimizer state per decoder layer over the workers; `none` keeps a whole
+    copy on each."""
+    activation_checkpointing: bool = False
+    """Recompute each decoder layer in the backward pass instead of keeping what it computed."""
+    packing: bool = True
+    """Put several examples into one row with attention kept apart, instead of padding them to one length."""
+    compile: bool = False
+    """torch.compile of every decoder layer."""
+    min_workers: Annotated[int, Field(ge=1)] | None = None
+    """Go on with fewer workers, down to so many, when the cluster has lost some; none waits for all of them."""
+    compute_dtype: Literal["model", "bfloat16"] = "model"
+    """`bfloat16`: master weights in the model's dtype, computation in bfloat16, gradients summed in float32."""
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> Self:
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers is {self.min_workers}, expected at most num_workers {self.num_workers}")
+        return self
+
+
+class EvaluationDuringConfig(Config):
+    """Evaluation on held-out groups while training."""
+
+    every: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps between evaluations on the validation split; 0 does none."""
+    max_examples: Annotated[int, Field(ge=1)] = 200
+    """Records per dataset, spread evenly over the groups."""
+    metric: str = "exact_match"
+    """What `patience` watches and the best checkpoint is kept by, averaged over the datasets that have it."""
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """Stop after so many evaluations without a better one; none never stops early."""
+
+
+class LoggingConfig(Config):
+    """Where metrics go beside metrics.jsonl."""
+
+    tensorboard: bool = True
+    """Event files under the output folder's `tensorboard/`."""
+    wandb_project: str | None = None
+    """Weights & Biases project; none logs nothing there."""
+    mlflow_uri: str | None = None
+    """MLflow tracking server or folder; none logs nothing there."""
 
 
 class TrainConfig(Config):
@@ -349,10 +393,15 @@ class TrainConfig(Config):
     """Dataset folders; their records are mixed in proportion to their size."""
     output: str = "runs/explainer"
     explainer: ExplainerConfig = ExplainerConfig()
-    method: Literal["full", "lora"] = "full"
+    weights: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    """How often each dataset is drawn from, in relation to the others; none draws every record equally often."""
+    method: Literal["full", "lora", "qlora"] = "full"
+    """`qlora`: adapters on a base in 4 bits (NF4 with double quantisation)."""
     lora: LoraConfig = LoraConfig()
     optimization: OptimizationConfig = OptimizationConfig()
     trainer: TrainerConfig = TrainerConfig()
+    evaluation: EvaluationDuringConfig = EvaluationDuringConfig()
+    logging: LoggingConfig = LoggingConfig()
     seed: int = 0
 
 

@@ -61,11 +61,11 @@ class Folder:
             return int(filesystem.info(f"{root}/{name}")["size"])
         return None
 
-    def read(self, name: str) -> bytes:
-        """The whole file. Raises FileNotFoundError or NotADirectoryError if it is not there."""
+    def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
+        """The whole file, or bytes `[start, end)`. Raises FileNotFoundError or NotADirectoryError if it is absent."""
         filesystem, root = self._open()
         with storage_errors(f"{self.url}/{name} cannot be read", _ABSENT):
-            return filesystem.cat_file(f"{root}/{name}")
+            return filesystem.cat_file(f"{root}/{name}", start=start, end=end)
 
     def open(self, name: str) -> io.IOBase:
         """The file for random access, e.g. to read only the footer of a shard. Raises FileNotFoundError."""
@@ -85,9 +85,22 @@ class Folder:
             if isinstance(filesystem, LocalFileSystem):
                 _write_local(filesystem, path, content)
                 return
-            if self.url.partition("://")[0] not in _OBJECT_STORES:
-                filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
+            self._make_parent(filesystem, path)
             filesystem.pipe_file(path, content)
+
+    @contextmanager
+    def create(self, name: str) -> Iterator[io.IOBase]:
+        """A file to write piece by piece. Readers may see it half done, so something else has to vouch for it."""
+        filesystem, root = self._open()
+        path = f"{root}/{name}"
+        with storage_errors(f"{self.url}/{name} cannot be written"):
+            self._make_parent(filesystem, path)
+            with filesystem.open(path, "wb") as stream:
+                yield stream
+
+    def _make_parent(self, filesystem: fsspec.AbstractFileSystem, path: str) -> None:
+        if self.url.partition("://")[0] not in _OBJECT_STORES:
+            filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
 
     def names(self) -> list[str]:
         """Names of the files and folders directly inside, sorted; empty if the folder does not exist."""

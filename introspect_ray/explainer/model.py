@@ -8,7 +8,7 @@ Legend: B rows, T padded length, E explainer width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, cast
 
@@ -61,6 +61,24 @@ class Explainer(nn.Module):
         return cls(*files.create_parts(config, target, seed))
 
     @classmethod
+    def stream(
+        cls,
+        config: ExplainerConfig,
+        target: TargetInfo,
+        seed: int,
+        lora: LoraConfig | None,
+        compute_dtype: torch.dtype | None,
+        loaded: Callable[[nn.Module], None],
+    ) -> Explainer:
+        """`create`, and `add_adapter` if `lora` is given, with weights that come decoder layer by decoder layer.
+
+        Args:
+            compute_dtype: what NF4 weights are computed in; none quantizes nothing.
+            loaded: called with each decoder layer whose weights have come.
+        """
+        return cls(*files.stream_parts(config, target, seed, lora, compute_dtype, loaded))
+
+    @classmethod
     def load(cls, folder: str, device: str, dtype: str) -> Explainer:
         """A saved explainer, full weights or adapter, from a folder or fsspec URL.
 
@@ -69,9 +87,13 @@ class Explainer(nn.Module):
         """
         return cls(*files.load_parts(folder, device, dtype))
 
-    def save(self, folder: str) -> None:
-        """Hugging Face files (weights or adapter, tokenizer), projections, and `explainer.json` last."""
-        files.save(self.model, self.tokenizer, self.projections, self.card, folder)
+    def save(self, folder: str, weights: Iterable[tuple[str, Tensor]] | None = None) -> None:
+        """Hugging Face files (weights or adapter, tokenizer), projections, and `explainer.json` last.
+
+        Args:
+            weights: the trained parameters of `model` by name, for a model that does not hold them whole.
+        """
+        files.save(self.model, self.tokenizer, self.projections, self.card, folder, weights)
 
     @property
     def causal(self) -> PreTrainedModel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -50,6 +50,8 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         raise UserError(
             f"model path '{config.path}' lacks {len(missing)} weights that its config.json asks for, e.g. {missing[0]}"
         )
+    if config.quantization != "none":
+        _keep_packing(model)
     if config.quantization == "none" and config.device_map == "none":
         model = model.to(device)
     return model.eval().requires_grad_(False)
@@ -58,17 +60,28 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
 def _placement(config: ModelConfig, device: torch.device) -> dict[str, Any]:
     """Arguments of `from_pretrained` that quantize, and place while loading; empty if the model is moved afterwards."""
     arguments: dict[str, Any] = {}
-    if config.quantization == "nf4":
+    if config.quantization != "none":
         # What is computed in follows the dtype of the other weights; `auto` is known only to the checkpoint.
         compute = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
         arguments["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=config.quantization == "nf4_double",
+            bnb_4bit_compute_dtype=compute,
         )
     if config.device_map != "none":
         arguments["device_map"] = config.device_map
     elif config.quantization != "none":
         arguments["device_map"] = {"": device}  # 4-bit weights are packed on the device that they stay on
     return arguments
+
+
+def _keep_packing(model: PreTrainedModel) -> None:
+    """On CPUs, bitsandbytes repacks 4-bit weights at first use, and fails at shapes that are not whole blocks."""
+    for module in model.modules():
+        state = getattr(module, "quant_state", None)
+        if state is not None and (state.shape[1] % state.blocksize or state.shape[0] % 32):
+            cast(Any, module).support_avx512bf16_for_cpu = False
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

@@ -1,7 +1,7 @@
 """What each Ray Train worker runs: build, resume, step, checkpoint, export.
 
-    all workers   build explainer and examples -> agree on the newest whole checkpoint -> steps
-    rank 0        metrics.jsonl, checkpoints, and at the end the explainer itself
+    all workers   build explainer and examples -> agree on the newest whole checkpoint -> steps, checkpoints
+    rank 0        metrics.jsonl, and at the end the explainer itself, sharded weights gathered one by one
 
 Checkpoints are ours, not Ray's, so that resuming is one path whatever died (a worker, the driver, the cluster).
 `ray.train.report`, a barrier that costs up to a controller poll, is not called: what came of a run is in its folder.
@@ -9,6 +9,7 @@ Checkpoints are ours, not Ray's, so that resuming is one path whatever died (a w
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -17,12 +18,15 @@ import torch
 from introspect_ray.config import ExplainerConfig, TrainConfig
 from introspect_ray.errors import RunFailed, UserError
 from introspect_ray.explainer.model import Explainer
-from introspect_ray.training.checkpoint import CheckpointStore, TrainState
+from introspect_ray.training.checkpoint import Checkpoints, CheckpointStore, Tell, TrainState
 from introspect_ray.training.metrics import MetricsLog
 from introspect_ray.training.run import TrainingRun
 from introspect_ray.training.schedule import learning_rate, make_optimizer
+from introspect_ray.training.sharding import checkpoint_activations, streamed_explainer, whole_parameters
 from introspect_ray.training.step import Examples, Stepper, StepResult, load_examples
 from introspect_ray.training.workers import Workers
+
+logger = logging.getLogger(__name__)
 
 
 def train_loop(settings: dict[str, Any]) -> None:
@@ -39,35 +43,40 @@ def train_loop(settings: dict[str, Any]) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it costs time
     try:
-        fit(run, workers)
+        fit(run, workers, tell=lambda line: settings["notices"].add.remote(line))
     except (UserError, RunFailed) as error:
         if workers.rank == 0:
             run.record({"failure": str(error), "by_user": isinstance(error, UserError)})
 
 
-def fit(run: TrainingRun, workers: Workers) -> dict[str, Any]:
+def fit(run: TrainingRun, workers: Workers, tell: Tell = logger.warning) -> dict[str, Any]:
     """Train from the newest checkpoint, or the start, to the end, and export the explainer; returns the results.
+
+    Args:
+        tell: called on any worker with what the user should hear while the run goes on.
 
     Raises:
         UserError: a record does not fit the explainer, or a model does not load.
         RunFailed: loss or gradient became NaN or infinite, or another worker could not start.
     """
     explainer, examples = _build_together(run, workers)
-    parameters = explainer.trainable_parameters()
-    optimizer = make_optimizer(parameters.values(), run.config.optimization)
+    stepper = Stepper(explainer, examples, run.config, workers)
+    optimizer = make_optimizer(stepper.trainable.own.values(), run.config.optimization)
     store = CheckpointStore(run.checkpoints, run.run_key, run.config.trainer.keep_checkpoints)
-    state = TrainState()
-    if workers.rank == 0:
-        state = store.restore(parameters, optimizer, at_step=None)
-    at_step = workers.agree(state.step, explainer.device)
-    if workers.rank > 0 and at_step > 0:
-        state = store.restore(parameters, optimizer, at_step)
+    checkpoints = Checkpoints(store, stepper.trainable, optimizer, tell)
+    state = checkpoints.restore()
+    if state.step > 0 and workers.rank == 0:
+        tell(f"goes on from the checkpoint of step {state.step} with {workers.size} worker(s)")
     log = MetricsLog(run.folder, state.step) if workers.rank == 0 else None
-    results = _steps(Stepper(explainer, examples, run.config, workers), optimizer, state, store, log)
+    results = _steps(stepper, optimizer, state, checkpoints, log)
+    weights = whole_parameters(explainer) if stepper.trainable.is_sharded else None
     if workers.rank == 0:
         run.record(results)
-        explainer.save(run.config.output)
+        explainer.save(run.config.output, weights)
         store.clear()
+    else:
+        for _ in weights or ():
+            pass  # gathering takes all workers
     return results
 
 
@@ -89,12 +98,17 @@ def _build_together(run: TrainingRun, workers: Workers) -> tuple[Explainer, Exam
 
 def build(run: TrainingRun) -> tuple[Explainer, Examples]:
     """The untrained explainer with the parameters that the method trains set free, and its examples."""
-    config = run.config
-    explainer = Explainer.create(_placed(config), run.target, config.seed)
-    if config.method == "lora":
-        explainer.add_adapter(config.lora, config.seed)
+    config = run.config.model_copy(update={"explainer": _placed(run.config)})
+    if config.trainer.sharding == "fsdp2" or config.method == "qlora":
+        explainer = streamed_explainer(config, run.target)
     else:
-        explainer.model.requires_grad_(True)
+        explainer = Explainer.create(config.explainer, run.target, config.seed)
+        if config.method == "lora":
+            explainer.add_adapter(config.lora, config.seed)
+        else:
+            explainer.model.requires_grad_(True)
+    if config.trainer.activation_checkpointing:
+        checkpoint_activations(explainer)
     explainer.projections.requires_grad_(True)
     explainer.train()
     examples = load_examples(explainer, config.datasets)
@@ -110,7 +124,7 @@ def _placed(config: TrainConfig) -> ExplainerConfig:
 
 
 def _steps(
-    stepper: Stepper, optimizer: torch.optim.AdamW, state: TrainState, store: CheckpointStore, log: MetricsLog | None
+    stepper: Stepper, optimizer: torch.optim.AdamW, state: TrainState, checkpoints: Checkpoints, log: MetricsLog | None
 ) -> dict[str, Any]:
     """All steps that are left; returns the last line of metrics, rounding differences and timings apart the same for
     any history of interruptions."""
@@ -127,9 +141,9 @@ def _steps(
             started, tokens_before = time.monotonic(), state.tokens
             if log is not None:
                 log.append(last)
-        is_due = state.step % config.trainer.checkpoint_every == 0 and state.step < steps
-        if is_due and log is not None:
-            store.save(stepper.explainer.trainable_parameters(), optimizer, state)
+        if state.step % config.trainer.checkpoint_every == 0 and state.step < steps:
+            checkpoints.start(state)
+        checkpoints.settle(wait=state.step == steps)
     return last
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 from introspect_ray.data.storage import Folder
+from introspect_ray.errors import UserError
 from introspect_ray.explainer.card import is_remote
 from introspect_ray.training.run import METRICS_FILE
 
 Metrics = dict[str, Any]
+logger = logging.getLogger(__name__)
 
 
 def read_metrics(folder: Folder) -> list[Metrics]:
@@ -29,19 +32,31 @@ def read_metrics(folder: Folder) -> list[Metrics]:
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl. Lines of steps after the checkpoint that a run goes on from are dropped first."""
+    """Appends to metrics.jsonl. Lines of steps after the checkpoint that a run goes on from are dropped first.
+
+    Lines that the storage refuses are kept, and written with the next one that it takes.
+    """
 
     def __init__(self, folder: Folder, step: int):
         self.folder = folder
         self._lines = [json.dumps(metrics) + "\n" for metrics in read_metrics(folder) if metrics["step"] <= step]
+        self._is_behind = False
         self._write_all()
 
     def append(self, metrics: Metrics) -> None:
         line = json.dumps(metrics) + "\n"
         self._lines.append(line)
-        if is_remote(self.folder.url):
-            self._write_all()  # object stores cannot append
-            return
+        try:
+            if is_remote(self.folder.url) or self._is_behind:
+                self._write_all()  # object stores cannot append
+            else:
+                self._append(line)
+            self._is_behind = False
+        except (OSError, UserError) as error:
+            self._is_behind = True
+            logger.warning("%s/%s cannot be written for now: %s", self.folder.url, METRICS_FILE, error)
+
+    def _append(self, line: str) -> None:
         path = Path(self.folder.url.removeprefix("file://")) / METRICS_FILE
         with path.open("a", encoding="utf-8") as file:
             file.write(line)

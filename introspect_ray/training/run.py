@@ -20,6 +20,7 @@ from introspect_ray.data.manifest import TargetIdentity
 from introspect_ray.data.storage import TEMPORARY, Folder
 from introspect_ray.errors import UserError
 from introspect_ray.explainer.card import CARD_FILE, TargetInfo, is_remote
+from introspect_ray.explainer.files import check_modules
 from introspect_ray.explainer.fitted import read_alignment, read_maps
 from introspect_ray.explainer.projections import resolve_kind
 from introspect_ray.tasks.base import stable_id
@@ -81,12 +82,15 @@ class TrainingRun:
 def prepare(config: TrainConfig) -> TrainingRun:
     """Check a run from end to end. Raises UserError; reads the datasets but no weights, and writes nothing."""
     config = _absolute(config)
+    _check_method(config)
     datasets = [open_dataset(url) for url in config.datasets]
     if not datasets:
         raise UserError("datasets is empty, expected at least one dataset folder")
     _check_one_target(datasets)
     target = datasets[0].manifest.target
     base = identify_target(config.explainer.model)
+    if config.method != "full":
+        check_modules(config.explainer.model, config.lora)
     resolve_kind(config.explainer, target.width, base.width)
     start = _check_fitted(config.explainer, target, base.width)
     for dataset in datasets:
@@ -108,10 +112,11 @@ def prepare(config: TrainConfig) -> TrainingRun:
 def relevant(config: TrainConfig) -> TrainConfig:
     """The config with everything that cannot change the result set to its default.
 
-    Workers and micro-batches stay out: they change a sum's order of rounding and nothing else. Datasets and fitted
-    projections are known by their contents, not by where they lie.
+    Workers, sharding and micro-batches stay out: they change a sum's order of rounding and nothing else. Datasets and
+    fitted projections are known by their contents, not by where they lie.
     """
-    reset: dict[str, Any] = {"output": "", "trainer": TrainerConfig(), "datasets": ()}
+    trainer = TrainerConfig(compute_dtype=config.trainer.compute_dtype)
+    reset: dict[str, Any] = {"output": "", "trainer": trainer, "datasets": ()}
     if config.method == "full":
         reset["lora"] = LoraConfig()
     model = config.explainer.model.model_copy(update={"device": "auto"})
@@ -138,6 +143,21 @@ def _absolute(config: TrainConfig) -> TrainConfig:
             ),
         }
     )
+
+
+def _check_method(config: TrainConfig) -> None:
+    """Refuse weights that cannot be trained or loaded the way that is asked for."""
+    model, method, sharding = config.explainer.model, config.method, config.trainer.sharding
+    if method == "full" and model.quantization != "none":
+        raise UserError(f"explainer.model.quantization is {model.quantization}, but method full trains all weights")
+    if method == "qlora" or sharding == "fsdp2":
+        asked = "method qlora" if method == "qlora" else f"trainer.sharding {sharding}"
+        for field, found in (("quantization", model.quantization), ("device_map", model.device_map)):
+            if found != "none":
+                raise UserError(
+                    f"explainer.model.{field} is {found}, but {asked} places weights itself: expected none"
+                    " (method qlora quantizes them)"
+                )
 
 
 def _check_one_target(datasets: list[Dataset]) -> None:

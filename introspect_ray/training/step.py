@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from introspect_ray.config import TrainConfig
 from introspect_ray.data.dataset import open_dataset
@@ -18,6 +18,7 @@ from introspect_ray.explainer.model import Explainer
 from introspect_ray.tasks.registry import get_task
 from introspect_ray.training.batches import micro_batches, share, step_indices, step_seed
 from introspect_ray.training.schedule import learning_rate
+from introspect_ray.training.trainable import Trainable
 from introspect_ray.training.workers import Workers
 
 
@@ -71,7 +72,7 @@ class Stepper:
         self.config = config
         self.workers = workers
         self.lengths = examples.lengths
-        self.parameters = list(explainer.trainable_parameters().values())
+        self.trainable = Trainable(explainer, workers)
 
     def step(self, number: int, optimizer: torch.optim.AdamW) -> StepResult:
         """Do optimizer step `number`, counted from 0.
@@ -85,8 +86,8 @@ class Stepper:
         # Dropout draws from the global generator: a resumed run must draw what an undisturbed one would have drawn.
         torch.manual_seed(step_seed(number, self.config.seed, self.workers.rank))
         own_loss = self._accumulate(chosen, loss_tokens)
-        loss_sum = float(self.workers.sum_gradients(self.parameters, own_loss.reshape(1)))
-        grad_norm = float(nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm))
+        loss_sum = float(self.trainable.sum_gradients(own_loss.reshape(1)))
+        grad_norm = self.trainable.clip_gradients(settings.max_grad_norm)
         if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
             ids = ", ".join(sorted({self.examples.record_ids[index] for index in chosen}))
             rate = f"optimization.learning_rate {settings.learning_rate:g}"
@@ -101,16 +102,30 @@ class Stepper:
 
     def _accumulate(self, chosen: Sequence[int], loss_tokens: int) -> torch.Tensor:
         """Leave this worker's share of the gradient of the token mean in `.grad`; returns its summed loss."""
-        for parameter in self.parameters:
-            # Zeros rather than None: parameters that a batch does not touch are then treated alike on all workers.
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            else:
-                parameter.grad.zero_()
+        self.trainable.clear_gradients()
         total = torch.zeros((), device=self.explainer.device)
         mine = share(chosen, self.lengths, self.workers.rank, self.workers.size)
-        for group in micro_batches(mine, self.lengths, self.config.trainer.micro_batch_tokens):
-            loss, _ = self.explainer.loss([self.examples.encoded[index] for index in group])
-            (loss / loss_tokens).backward()
-            total += loss.detach()
+        groups = micro_batches(mine, self.lengths, self.config.trainer.micro_batch_tokens)
+        # Every pass needs the shards of all workers, so those with fewer micro-batches add some that count zero.
+        num_passes = (
+            self.workers.largest(len(groups), self.explainer.device) if self.trainable.is_sharded else len(groups)
+        )
+        for group in groups:
+            total += self._backward([self.examples.encoded[index] for index in group], loss_tokens)
+        idle = self.examples.encoded[min(chosen, key=lambda index: self.lengths[index])]
+        for _ in range(num_passes - len(groups)):
+            self._backward([idle], loss_tokens, weight=0.0)
         return total
+
+    def _backward(self, batch: Sequence[Encoded], loss_tokens: int, weight: float = 1.0) -> torch.Tensor:
+        """Add one micro-batch to the gradient; returns its summed loss."""
+        with self._precision():
+            loss, _ = self.explainer.loss(batch)
+        (loss * (weight / loss_tokens)).backward()
+        return loss.detach()
+
+    def _precision(self) -> AbstractContextManager[object]:
+        """Sharded weights come in the dtype to compute in; whole ones are cast as they are used."""
+        if self.config.trainer.compute_dtype == "model" or self.trainable.is_sharded:
+            return nullcontext()
+        return torch.autocast(self.explainer.device.type, torch.bfloat16)

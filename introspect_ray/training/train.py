@@ -1,7 +1,10 @@
 """Training an explainer on Ray Train, from a driver that only watches.
 
 driver   prepare (no Ray, no model) -> claim folder -> TorchTrainer(train_loop) -> summary
-         a thread reads metrics.jsonl for progress
+         a thread reads metrics.jsonl for progress, another what workers have to tell
+
+When a worker is lost, Ray stops the others and starts a new group, of fewer workers if there is no room for all and the
+config allows it, which goes on from the newest checkpoint. After a lost driver the same command goes on.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import fsspec
 import ray
@@ -22,14 +25,17 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from introspect_ray.config import TrainConfig, TrainerConfig
 from introspect_ray.data.cluster import ADDRESS_VARIABLE, connect, is_verbose
 from introspect_ray.errors import RunFailed, UserError
+from introspect_ray.training.checkpoint import CheckpointStore
 from introspect_ray.training.loop import train_loop
 from introspect_ray.training.metrics import read_metrics
+from introspect_ray.training.notices import notices
 from introspect_ray.training.run import TrainingRun, prepare, storage_of
 
 Progress = Callable[[int, int, float], None]
 """Called with steps done, steps in all, and the newest loss (token mean, nats)."""
 NOTES_FOLDER = "ray_train"
 POLL_S = 0.5
+START_TIMEOUT_S = 1800
 
 
 @dataclass(frozen=True)
@@ -61,23 +67,44 @@ def train_explainer(config: TrainConfig, progress: Progress) -> Summary:
     if run.is_complete():
         return Summary(config.output, run.num_examples, run.results(), was_complete=True)
     run.record({})
-    with connect(), _watched(run, progress):
+    with connect(), _watched(run, progress), notices() as actor:
         _check_resources(config.trainer)
-        results = _fit(run)
+        results = _fit_while_it_gets_on(run, actor)
     return Summary(config.output, run.num_examples, results, was_complete=False)
 
 
-def _fit(run: TrainingRun) -> dict[str, Any]:
+class _WorkersLost(RunFailed):
+    """Workers failed more often than one attempt allows."""
+
+
+def _fit_while_it_gets_on(run: TrainingRun, notices: Any) -> dict[str, Any]:
+    """Attempts until one ends or leaves no newer checkpoint than the one before."""
+    store = CheckpointStore(run.checkpoints, run.run_key, run.config.trainer.keep_checkpoints)
+    while True:
+        newest = store.newest(None)
+        try:
+            return _fit(run, notices)
+        except _WorkersLost:
+            if store.newest(None) <= newest:
+                raise
+
+
+def _fit(run: TrainingRun, notices: Any) -> dict[str, Any]:
     trainer = run.config.trainer
     path, filesystem = storage_of(run.config.output)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    if trainer.min_workers is None:
+        # Nodes that are still to come take minutes; only a group that may shrink gains from giving up on them.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_TIMEOUT_S))
     # A new name each time: Ray would take a known one for a run of its own to be resumed or handed back.
     name = uuid.uuid4().hex
+    least, most = _least_workers(trainer), trainer.num_workers
+    size = most if least == most else (least, most)
     torch_trainer = TorchTrainer(
         train_loop,
-        train_loop_config=run.to_json(),
+        train_loop_config={**run.to_json(), "notices": notices},
         scaling_config=ScalingConfig(
-            num_workers=trainer.num_workers,
+            num_workers=cast(Any, size),
             use_gpu=trainer.gpus_per_worker > 0,
             resources_per_worker={"CPU": trainer.cpus_per_worker, "GPU": trainer.gpus_per_worker},
         ),
@@ -95,7 +122,7 @@ def _fit(run: TrainingRun) -> dict[str, Any]:
     except Exception as error:
         cause = next(iter(getattr(error, "worker_failures", {}).values()), error)
         lines = str(cause).strip().splitlines() or [type(cause).__name__]
-        raise RunFailed(f"training failed after {trainer.max_failures} retries: {lines[-1]}") from (
+        raise _WorkersLost(f"training failed after {trainer.max_failures} retries: {lines[-1]}") from (
             error if is_verbose() else None
         )
     finally:
@@ -121,12 +148,18 @@ def _check_resources(trainer: TrainerConfig) -> None:
         ("cpus_per_worker", trainer.cpus_per_worker, "CPU"),
         ("gpus_per_worker", trainer.gpus_per_worker, "GPU"),
     ):
-        wanted, found = trainer.num_workers * each, there.get(resource, 0)
+        least = _least_workers(trainer)
+        wanted, found = least * each, there.get(resource, 0)
         if wanted > found:
+            field = "num_workers" if trainer.min_workers is None else "min_workers"
             raise UserError(
-                f"trainer.num_workers {trainer.num_workers} x trainer.{key} {each:g} needs {wanted:g} {resource}s, "
+                f"trainer.{field} {least} x trainer.{key} {each:g} needs {wanted:g} {resource}s, "
                 f"but this machine has {found:g}"
             )
+
+
+def _least_workers(trainer: TrainerConfig) -> int:
+    return trainer.num_workers if trainer.min_workers is None else trainer.min_workers
 
 
 @contextmanager
@@ -137,7 +170,10 @@ def _watched(run: TrainingRun, progress: Progress) -> Iterator[None]:
 
     def look() -> None:
         nonlocal shown
-        metrics = read_metrics(run.folder)
+        try:
+            metrics = read_metrics(run.folder)
+        except UserError:
+            return  # storage that is away for a while is the workers' to tell
         if metrics and metrics[-1]["step"] != shown:
             shown = metrics[-1]["step"]
             progress(shown, run.config.optimization.steps, metrics[-1]["loss"])

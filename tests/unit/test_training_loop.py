@@ -48,7 +48,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, method)
         patched.setattr(Stepper, "step", dies)
         with pytest.raises(Killed):
             fit(run, ALONE)
-    assert CheckpointStore(run.checkpoints, run.run_key, 2).names() == ["step_000002", "step_000004"]
+    # The newest may still have been on its way to the disk.
+    assert CheckpointStore(run.checkpoints, run.run_key, 2).newest(None) in (2, 4)
     assert not run.is_complete()
     fit(run, ALONE)
     assert run.is_complete()
@@ -62,7 +63,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, method)
     ]
     assert timeless[0] == timeless[1]
     assert [line["step"] for line in timeless[0]] == [3, 6, 8]
-    assert CheckpointStore(run.checkpoints, run.run_key, 2).names() == []
+    assert CheckpointStore(run.checkpoints, run.run_key, 2).steps() == []
 
 
 def test_training_learns_and_exports_a_whole_explainer(tmp_path):

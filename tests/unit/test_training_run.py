@@ -1,6 +1,12 @@
 """Checks before a model loads, identity of a run, metrics and checkpoints on disk; no Ray."""
 
+import errno
 import json
+import os
+import re
+import threading
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +15,12 @@ from training_helpers import train_config, write_dataset
 from introspect_ray.config import OptimizationConfig
 from introspect_ray.data.storage import Folder
 from introspect_ray.errors import UserError
-from introspect_ray.training.checkpoint import CheckpointStore, TrainState
+from introspect_ray.training.checkpoint import Checkpoints, CheckpointStore, TrainState
 from introspect_ray.training.metrics import MetricsLog, read_metrics
 from introspect_ray.training.run import TrainingRun, prepare
 from introspect_ray.training.schedule import make_optimizer
+from introspect_ray.training.trainable import Trainable
+from introspect_ray.training.workers import Workers
 
 
 def test_run_ships_as_json(tmp_path):
@@ -58,6 +66,11 @@ def test_model_that_does_not_exist(tmp_path):
         prepare(train_config(tmp_path, explainer__model__path=str(tmp_path / "nowhere")))
 
 
+def test_modules_that_the_model_does_not_have(tmp_path):
+    with pytest.raises(UserError, match=r"names k, c_attn, of which .*base' has none: expected some of down_proj,"):
+        prepare(train_config(tmp_path, method="lora", lora__target_modules=("k", "q_proj", "c_attn", "mlp.up_proj")))
+
+
 def test_output_of_another_config_is_refused_and_of_an_equivalent_one_is_not(tmp_path):
     prepare(train_config(tmp_path)).record({})
     prepare(train_config(tmp_path, trainer__log_every=1, trainer__num_workers=5, lora__rank=3))
@@ -87,12 +100,29 @@ def test_metrics_after_the_checkpoint_are_dropped(tmp_path):
     assert [(line["step"], line["loss"]) for line in read_metrics(folder)] == [(3, 1 / 3), (6, 1 / 6), (9, 7.0)]
 
 
+def test_metrics_that_the_disk_refuses_come_with_the_next_line(tmp_path, monkeypatch):
+    folder = Folder(str(tmp_path))
+    log = MetricsLog(folder, 0)
+    log.append({"step": 1})
+    with monkeypatch.context() as patched:
+        patched.setattr(MetricsLog, "_append", full_disk)
+        log.append({"step": 2})
+    assert [line["step"] for line in read_metrics(folder)] == [1]
+    log.append({"step": 3})
+    assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3]
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def trained(seed, steps):
-    """Parameters and optimizer after some steps on random gradients."""
+    """Parameters after some steps on random gradients, and their optimizer."""
     generator = torch.Generator().manual_seed(seed)
     parameters = {
         "a": torch.nn.Parameter(torch.randn(3, 4, generator=generator)),
         "b": torch.nn.Parameter(torch.randn(4, generator=generator)),
+        "c": torch.nn.Parameter(torch.randn((), generator=generator)),
     }
     optimizer = make_optimizer(parameters.values(), OptimizationConfig(learning_rate=0.1))
     for _ in range(steps):
@@ -102,34 +132,116 @@ def trained(seed, steps):
     return parameters, optimizer
 
 
+def checkpoints_of(folder, seed, steps, told=None, key="key"):
+    """Checkpoints of a small training run that keep two, its parameters, and its optimizer."""
+    parameters, optimizer = trained(seed, steps)
+    explainer = SimpleNamespace(trainable_parameters=lambda: parameters, device=torch.device("cpu"))
+    store = CheckpointStore(folder, key, keep=2)
+    made = Checkpoints(store, Trainable(explainer, Workers(0, 1)), optimizer, (told if told is not None else []).append)
+    return made, parameters, optimizer
+
+
+def saved(checkpoints, step):
+    checkpoints.start(TrainState(step, 100, 2.5, 7))
+    checkpoints.settle(wait=True)
+
+
 @pytest.mark.parametrize("url", ["local", "memory://checkpoint-test"])
 def test_checkpoint_goes_on_bitwise(tmp_path, url):
     folder = Folder(str(tmp_path) if url == "local" else url)
-    store = CheckpointStore(folder, "key", keep=2)
-    parameters, optimizer = trained(0, 5)
-    store.save(parameters, optimizer, TrainState(5, 100, 2.5, 7))
-    other, other_optimizer = trained(1, 0)
-    assert store.restore(other, other_optimizer, None) == TrainState(5, 100, 2.5, 7)
+    checkpoints, parameters, optimizer = checkpoints_of(folder, 0, 5)
+    saved(checkpoints, 5)
+    others, other, other_optimizer = checkpoints_of(folder, 1, 0)
+    assert others.restore() == TrainState(5, 100, 2.5, 7)
     for both, at in ((parameters, optimizer), (other, other_optimizer)):
         for parameter in both.values():
             parameter.grad = torch.full_like(parameter, 0.3)
         at.step()
     assert all(torch.equal(parameters[name], other[name]) for name in parameters)
-    store.clear()
-    assert store.names() == []
+    checkpoints.store.clear()
+    assert checkpoints.store.steps() == []
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """What is written are the weights of the step that it is of, though they change before the disk takes them."""
+    checkpoints, parameters, _ = checkpoints_of(Folder(str(tmp_path)), 0, 5)
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    goes_on = threading.Event()
+    real = Folder.create
+
+    @contextmanager
+    def slow(self, name):
+        assert goes_on.wait(60)
+        with real(self, name) as stream:
+            yield stream
+
+    monkeypatch.setattr(Folder, "create", slow)
+    checkpoints.start(TrainState(5))
+    for parameter in parameters.values():
+        parameter.data += 1
+    checkpoints.settle(wait=False)
+    assert checkpoints.store.newest(None) == 0
+    goes_on.set()
+    checkpoints.settle(wait=True)
+    others, other, _ = checkpoints_of(Folder(str(tmp_path)), 1, 0)
+    assert others.restore().step == 5
+    assert all(torch.equal(other[name], before[name]) for name in before)
 
 
 def test_newest_checkpoints_stay_and_damaged_ones_are_passed_over(tmp_path, caplog):
-    store = CheckpointStore(Folder(str(tmp_path)), "key", keep=3)
-    parameters, optimizer = trained(0, 1)
+    folder = Folder(str(tmp_path))
+    checkpoints, _, _ = checkpoints_of(folder, 0, 1)
     for step in (2, 4, 6, 8):
-        store.save(parameters, optimizer, TrainState(step))
-    assert store.names() == ["step_000004", "step_000006", "step_000008"]
-    (tmp_path / "step_000008" / "state.json").unlink()
-    weights = tmp_path / "step_000006" / "weights.safetensors"
+        saved(checkpoints, step)
+    assert checkpoints.store.steps() == [6, 8]
+    (weights,) = (tmp_path / "step_000008").glob("*.safetensors")
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(bytes(content))
-    assert store.restore(parameters, optimizer, None).step == 4
-    assert "step_000006 is passed over: weights.safetensors is not what was written" in caplog.text
-    assert CheckpointStore(Folder(str(tmp_path)), "other key", keep=3).restore(parameters, optimizer, None).step == 0
+    assert checkpoints.restore().step == 6
+    assert "step_000008 is passed over: c:exp_avg_sq in" in caplog.text
+    # What counts is what was completed: neither an interrupted folder nor a damaged one pushes out a whole one.
+    (tmp_path / "step_000006" / "state.json").rename(tmp_path / "state.json")
+    assert checkpoints.restore().step == 0
+    (tmp_path / "state.json").rename(tmp_path / "step_000006" / "state.json")
+    saved(checkpoints, 7)
+    assert checkpoints.store.steps() == [6, 7]
+    assert checkpoints_of(folder, 0, 1, key="other")[0].restore().step == 0
+
+
+def test_checkpoint_that_cannot_be_written_is_told_and_costs_nothing_else(tmp_path, monkeypatch):
+    told = []
+    checkpoints, parameters, _ = checkpoints_of(Folder(str(tmp_path)), 0, 1, told)
+    saved(checkpoints, 2)
+    first = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    parameters["a"].data += 1
+    for broken in ("create", "write"):
+        with monkeypatch.context() as patched:
+            patched.setattr(Folder, broken, full_disk)
+            saved(checkpoints, 4)
+    assert len(told) == 2
+    assert re.match(r"checkpoint of step 4 could not be written \(.*No space left.*\); training goes on and", told[0])
+    others, other, _ = checkpoints_of(Folder(str(tmp_path)), 1, 0)
+    assert others.restore().step == 2
+    assert all(torch.equal(other[name], first[name]) for name in first)
+    saved(checkpoints, 6)
+    assert others.restore().step == 6
+    assert torch.equal(other["a"], parameters["a"])
+
+
+def test_storage_that_cannot_be_reached_is_no_reason_to_pass_a_checkpoint_over(tmp_path, monkeypatch):
+    checkpoints, _, _ = checkpoints_of(Folder(str(tmp_path)), 0, 1)
+    saved(checkpoints, 2)
+    saved(checkpoints, 4)
+    real = Folder.read
+
+    def unreachable(self, name, *span):
+        if name.endswith(".safetensors"):
+            raise UserError(f"{self.url}/{name} cannot be read: timed out")
+        return real(self, name, *span)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Folder, "read", unreachable)
+        with pytest.raises(ConnectionError, match="timed out"):
+            checkpoints.restore()
+    assert checkpoints.restore().step == 4

@@ -1,0 +1,61 @@
+"""Lines from workers to whoever watches the driver: the storage may be just what the news is about."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+POLL_S = 1.0
+logger = logging.getLogger(__name__)
+
+
+class Notices:
+    """Keeps lines until they are fetched."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+
+    def add(self, line: str) -> None:
+        self._lines.append(line)
+
+    def take(self) -> list[str]:
+        """The lines since the last call."""
+        lines, self._lines = self._lines, []
+        return lines
+
+
+@contextmanager
+def notices() -> Iterator[Any]:
+    """An actor with the methods of `Notices`; while the block runs, what is added to it becomes warnings of the log."""
+    actor: Any = ray.remote(num_cpus=0)(Notices).remote()
+    stop = threading.Event()
+
+    def show() -> None:
+        for line in ray.get(actor.take.remote()):
+            logger.warning(line)
+
+    def watch() -> None:
+        while not stop.wait(POLL_S):
+            try:
+                show()
+            except RayError:  # the actor's node is lost, or Ray is shutting down
+                return
+
+    thread = threading.Thread(target=watch, name="notices", daemon=True)
+    thread.start()
+    try:
+        yield actor
+    finally:
+        stop.set()
+        thread.join()
+        try:
+            show()
+            ray.kill(actor)
+        except RayError as error:
+            logger.debug("notices are lost: %s", error)
