@@ -18,10 +18,12 @@ from introspect_ray.config import ExplainerConfig, TrainConfig
 from introspect_ray.errors import RunFailed, UserError
 from introspect_ray.explainer.model import Explainer
 from introspect_ray.training.checkpoint import CheckpointStore, TrainState
+from introspect_ray.training.compiling import compile_layers
+from introspect_ray.training.examples import Examples, load_examples, scratch_folder
 from introspect_ray.training.metrics import MetricsLog
 from introspect_ray.training.run import TrainingRun
 from introspect_ray.training.schedule import learning_rate, make_optimizer
-from introspect_ray.training.step import Examples, Stepper, StepResult, load_examples
+from introspect_ray.training.step import Stepper, StepResult
 from introspect_ray.training.workers import Workers
 
 
@@ -63,11 +65,16 @@ def fit(run: TrainingRun, workers: Workers) -> dict[str, Any]:
     if workers.rank > 0 and at_step > 0:
         state = store.restore(parameters, optimizer, at_step)
     log = MetricsLog(run.folder, state.step) if workers.rank == 0 else None
-    results = _steps(Stepper(explainer, examples, run.config, workers), optimizer, state, store, log)
+    try:
+        results = _steps(Stepper(explainer, examples, run.config, workers), optimizer, state, store, log)
+    except RunFailed:
+        examples.remove()
+        raise
     if workers.rank == 0:
         run.record(results)
         explainer.save(run.config.output)
         store.clear()
+    examples.remove()
     return results
 
 
@@ -97,7 +104,9 @@ def build(run: TrainingRun) -> tuple[Explainer, Examples]:
         explainer.model.requires_grad_(True)
     explainer.projections.requires_grad_(True)
     explainer.train()
-    examples = load_examples(explainer, config.datasets)
+    if config.trainer.compile:
+        compile_layers(explainer)
+    examples = load_examples(explainer, config.datasets, scratch_folder(run.run_key))
     return explainer, examples
 
 

@@ -81,19 +81,23 @@ def test_gradient_is_that_of_the_token_mean_however_it_is_split(tmp_path):
     explainer, examples = build(run)
     explainer.eval()
     chosen = [0, 1, 2, 3, 7]
-    loss, count = explainer.loss([examples.encoded[index] for index in chosen])
+    loss, count = explainer.loss([examples[index] for index in chosen])
     (loss / count).backward()
     parameters = explainer.trainable_parameters()
     expected = {name: parameter.grad.clone() for name, parameter in parameters.items()}
-    for size, tokens in ((1, 10_000), (1, 64), (2, 64), (3, 10_000)):
+    splits = [(1, 10_000, False), (1, 64, False), (2, 64, False), (3, 10_000, True), (1, 300, True)]
+    for size, tokens, packing in splits:
         total = dict.fromkeys(expected, 0)
         loss_sum = 0.0
         for rank in range(size):
             config = run.config.model_copy(
-                update={"trainer": run.config.trainer.model_copy(update={"micro_batch_tokens": tokens})}
+                update={
+                    "trainer": run.config.trainer.model_copy(update={"micro_batch_tokens": tokens, "packing": packing})
+                }
             )
             stepper = Stepper(explainer, examples, config, Workers(rank, size))
-            loss_sum += float(stepper._accumulate(chosen, count))
+            mine = stepper._mine(chosen)
+            loss_sum += float(stepper._accumulate(mine, {index: examples[index] for index in mine}, count))
             total = {name: total[name] + parameter.grad for name, parameter in parameters.items()}
         assert loss_sum == pytest.approx(loss.item(), rel=1e-5)
         for name in expected:
@@ -115,7 +119,7 @@ def test_nan_stops_the_run_and_names_the_records(tmp_path, monkeypatch):
     _, examples = build(run)
     named = str(error.value).split("records of the batch: ")[1].split(", ")
     assert len(named) == 6
-    assert set(named) <= set(examples.record_ids)
+    assert set(named) <= {examples.record_id(index) for index in range(len(examples))}
     assert not run.is_complete()
 
 
