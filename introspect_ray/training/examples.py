@@ -15,7 +15,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +34,9 @@ BLOBS_FILE, INDEX_FILE = "examples.bin", "index.npy"
 INDEX_COLUMNS = 5
 """Number of the dataset, start and size of the blob in bytes, tokens, answer tokens."""
 RECORDS_AT_ONCE = 512
+
+EncodedRecords = tuple[list[Encoded], list[str]]
+"""Examples, and the ids of the records that they were made of."""
 
 
 def scratch_folder(run_key: str) -> Path:
@@ -103,7 +106,7 @@ def load_examples(explainer: Explainer, datasets: Sequence[str], folder: Path) -
     with _locked(folder):
         if not (folder / INDEX_FILE).exists():
             try:
-                _write(explainer, datasets, folder)
+                write_examples(folder, [_encoded(explainer, url) for url in datasets])
             except OSError as error:
                 shutil.rmtree(folder, ignore_errors=True)
                 reason = error.strerror or str(error)
@@ -113,13 +116,16 @@ def load_examples(explainer: Explainer, datasets: Sequence[str], folder: Path) -
         return Examples(folder)
 
 
-def _write(explainer: Explainer, datasets: Sequence[str], folder: Path) -> None:
+def write_examples(folder: Path, datasets: Sequence[Iterable[EncodedRecords]]) -> None:
+    """Make the files of all datasets' examples; what is there of an interrupted write is overwritten."""
     folder.mkdir(parents=True, exist_ok=True)
     index: list[np.ndarray] = []
     position = 0
     with (folder / BLOBS_FILE).open("wb") as file:
-        for number, url in enumerate(datasets):
-            for blobs, counts in _encoded(explainer, url):
+        for number, batches in enumerate(datasets):
+            for encoded, record_ids in batches:
+                blobs = [_packed(one, record_id) for one, record_id in zip(encoded, record_ids, strict=True)]
+                counts = np.array([(len(one.ids), one.num_loss_tokens) for one in encoded], dtype=np.int64)
                 sizes = np.array([len(blob) for blob in blobs], dtype=np.int64)
                 starts = position + np.cumsum(sizes) - sizes
                 index.append(np.column_stack([np.full(len(blobs), number), starts, sizes, counts]))
@@ -130,16 +136,15 @@ def _write(explainer: Explainer, datasets: Sequence[str], folder: Path) -> None:
     partial.replace(folder / INDEX_FILE)
 
 
-def _encoded(explainer: Explainer, url: str) -> Iterator[tuple[list[bytes], np.ndarray]]:
-    """Blobs, and their tokens and answer tokens [examples, 2], a few hundred at a time."""
+def _encoded(explainer: Explainer, url: str) -> Iterator[EncodedRecords]:
+    """A dataset's examples, a few hundred at a time."""
     dataset = open_dataset(url)
     task = get_task(dataset.manifest.task)
     for records in dataset.record_batches("train", RECORDS_AT_ONCE):
         examples = [task.render(record) for record in records]
         names = [f"dataset {url}, record {record['record_id']}" for record in records]
         encoded = explainer.encode([one.query for one in examples], [one.answer for one in examples], names)
-        blobs = [_packed(one, record["record_id"]) for one, record in zip(encoded, records, strict=True)]
-        yield blobs, np.array([(len(one.ids), one.num_loss_tokens) for one in encoded], dtype=np.int64)
+        yield encoded, [record["record_id"] for record in records]
 
 
 def _packed(one: Encoded, record_id: str) -> bytes:

@@ -65,7 +65,7 @@ def test_examples_are_written_once_and_found_again(tmp_path, made, monkeypatch):
     write_dataset(tmp_path / "dataset")
     urls = [str(tmp_path / "dataset")]
     started, release, calls = threading.Event(), threading.Event(), []
-    real = module._write
+    real = module.write_examples
 
     def slow(*arguments):
         calls.append(1)
@@ -73,7 +73,7 @@ def test_examples_are_written_once_and_found_again(tmp_path, made, monkeypatch):
         assert release.wait(60)
         real(*arguments)
 
-    monkeypatch.setattr(module, "_write", slow)
+    monkeypatch.setattr(module, "write_examples", slow)
     found = []
     load = lambda: found.append(load_examples(made, urls, tmp_path / "scratch"))  # noqa: E731
     threads = [threading.Thread(target=load) for _ in range(3)]
