@@ -152,15 +152,11 @@ class Explainer(nn.Module):
 
     def loss(self, batch: Sequence[Encoded]) -> tuple[Float[Tensor, ""], int]:
         """Cross-entropy in nats, summed over the answers' tokens and end tokens, and their number."""
-        logits, targets = self.answer_logits(batch)
-        return nn.functional.cross_entropy(logits.float(), targets, reduction="sum"), len(targets)
-
-    def answer_logits(self, batch: Sequence[Encoded]) -> tuple[Float[Tensor, "P V"], Int[Tensor, " P"]]:
-        """Logits from which the answers' tokens are predicted, row by row, and these tokens."""
         collated = self.collate(batch, "right")
         inputs = self.inputs(collated, "right")
         logits = logits_at(self.model, self.causal, collated.loss_positions, **inputs._asdict())
-        return logits, collated.loss_targets
+        loss = nn.functional.cross_entropy(logits.float(), collated.loss_targets, reduction="sum")
+        return loss, len(collated.loss_targets)
 
     @torch.no_grad()
     def explain(self, queries: Sequence[Query], batch_size: int) -> list[str]:

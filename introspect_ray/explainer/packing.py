@@ -44,7 +44,8 @@ def joined(examples: Sequence[Encoded]) -> Encoded:
 def can_pack(explainer: Explainer) -> bool:
     """Whether three small examples get the same logits in one row as alone; the reason is logged if not.
 
-    Gradients are switched on: a first pass without them makes bitsandbytes repack weights, which breaks sharding.
+    Gradients are switched on: a first pass without them makes bitsandbytes repack weights, which breaks sharding. Where
+    the weights are sharded over processes, all of them must call this.
     """
     reason = _difference(explainer)
     if reason:
@@ -77,4 +78,14 @@ def _made_up(length: int, vocabulary: int) -> Encoded:
 
 
 def _logits(explainer: Explainer, batch: Sequence[Encoded]) -> Tensor:
-    return explainer.answer_logits(batch)[0].detach().float()
+    """Logits of all answers, as the loss computes them: sharded weights are whole only within that call."""
+    head = explainer.causal.get_output_embeddings()
+    if head is None:
+        raise NotImplementedError("it has no separate language-model head")
+    found: list[Tensor] = []
+    handle = head.register_forward_hook(lambda _module, _inputs, logits: found.append(logits.detach().flatten(0, -2)))
+    try:
+        explainer.loss(batch)
+    finally:
+        handle.remove()
+    return found[0].float()

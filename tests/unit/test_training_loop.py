@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_helpers import train_config
+from training_helpers import train_config, write_dataset
 
 from introspect_ray.errors import RunFailed, UserError
 from introspect_ray.explainer.model import Explainer
@@ -102,6 +102,15 @@ def test_gradient_is_that_of_the_token_mean_however_it_is_split(tmp_path):
         assert loss_sum == pytest.approx(loss.item(), rel=1e-5)
         for name in expected:
             torch.testing.assert_close(total[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_steps_draw_from_the_datasets_by_weight(tmp_path):
+    write_dataset(tmp_path / "other", count=6)
+    both = [str(tmp_path / "dataset"), str(tmp_path / "other")]
+    config = train_config(tmp_path, datasets=both, weights=[1, 4], trainer__packing=False)
+    stepper = Stepper(*build(prepare(config)), config, ALONE)
+    drawn = [index for step in range(20) for index in stepper._chosen(step)]
+    assert sum(index >= 24 for index in drawn) == 96  # of 120
 
 
 def test_nan_stops_the_run_and_names_the_records(tmp_path, monkeypatch):
