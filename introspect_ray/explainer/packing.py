@@ -64,9 +64,10 @@ def _difference(explainer: Explainer) -> str:
             mixed = _logits(explainer, [Encoded(whole.ids, whole.loss_mask, [], ())])
     except Exception as error:  # what a model's own code says to positions that start over cannot be foreseen
         return f"{type(error).__name__}: {error}"
-    effect = (mixed - alone).abs().max().item()
-    difference = (packed - alone).abs().max().item()
-    if difference <= TOLERANCE.get(explainer.causal.dtype, 0.0) * effect:
+    effect = (mixed.float() - alone.float()).abs().max().item()
+    difference = (packed.float() - alone.float()).abs().max().item()
+    # The dtype that was computed in, which need not be the weights' own.
+    if difference <= TOLERANCE.get(packed.dtype, 0.0) * effect:
         return ""
     return f"logits differ by {difference:.2g} where seeing each other makes a difference of {effect:.2g}"
 
@@ -88,4 +89,4 @@ def _logits(explainer: Explainer, batch: Sequence[Encoded]) -> Tensor:
         explainer.loss(batch)
     finally:
         handle.remove()
-    return found[0].float()
+    return found[0]

@@ -14,6 +14,9 @@ from functools import lru_cache
 
 import numpy as np
 
+ROWS_TRIED = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+"""Rows per micro-batch for which a layout is worked out."""
+
 Row = list[int]
 """Indices of the examples that stand in one row."""
 
@@ -114,15 +117,18 @@ def arrange(
         return plain
     if packing.one_row:
         return [[row] for row in pack_rows(indices, lengths, max_tokens)]
-    longest = max(lengths[index] for index in indices)
-    capacities = sorted({max_tokens // rows for rows in range(1, max_tokens // longest + 1)})
+    shortest = min(lengths[index] for index in indices)
+    capacities = [max_tokens // rows for rows in ROWS_TRIED if max_tokens // rows >= 2 * shortest]
     layouts = [plain]
-    layouts += [micro_batches(pack_rows(indices, lengths, cap), lengths, max_tokens) for cap in capacities[-16:]]
+    layouts += [micro_batches(pack_rows(indices, lengths, capacity), lengths, max_tokens) for capacity in capacities]
     return min(layouts, key=lambda layout: sum(_work(batch, lengths, packing) for batch in layout))
 
 
 def pack_rows(indices: Sequence[int], lengths: Sequence[int], capacity: int) -> list[Row]:
-    """Rows of at most `capacity` tokens, the longest example first, each into the first row with room for it."""
+    """Rows of at most `capacity` tokens, the longest example first, each into the first row with room for it.
+
+    An example longer than that has a row of its own.
+    """
     rows: list[Row] = []
     room: list[int] = []
     for index in sorted(indices, key=lambda index: (-lengths[index], index)):

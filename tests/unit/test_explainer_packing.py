@@ -112,14 +112,24 @@ def test_examples_see_each_other_unless_they_are_told_apart(tmp_path):
     assert abs(made.loss([mixed])[0].item() - made.loss([row])[0].item()) > 0.1
 
 
+@pytest.mark.parametrize("is_autocast", [False, True])
+def test_rounding_of_half_precision_is_no_difference(tmp_path, is_autocast):
+    made = tiny_explainer(tmp_path, "llama")
+    if not is_autocast:
+        made = made.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+        assert can_pack(made)
+        made.model.forward = without_positions(made.model.forward)
+        assert not can_pack(made)
+
+
+def without_positions(forward):
+    return lambda **inputs: forward(**{**inputs, "position_ids": None})
+
+
 def test_a_model_that_ignores_positions_is_found_out(tmp_path, caplog):
     made = tiny_explainer(tmp_path, "llama").train()
-    real = made.model.forward
-
-    def forward(**inputs):
-        return real(**{**inputs, "position_ids": None})
-
-    made.model.forward = forward
+    made.model.forward = without_positions(made.model.forward)
     with caplog.at_level(logging.WARNING):
         assert not can_pack(made)
     assert "examples are padded, not packed, for LlamaForCausalLM: logits differ by" in caplog.text

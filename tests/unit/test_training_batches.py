@@ -126,6 +126,15 @@ def test_wide_models_take_longer_rows_with_less_padding():
     assert padded(None) > 1.3 * sum(lengths)
 
 
+def test_one_long_example_does_not_keep_the_others_from_short_rows():
+    lengths = [900, *[40 + 7 * (number % 5) for number in range(40)]]
+    groups = arrange(range(41), lengths, 1024, Packing(512))
+    assert [[0]] in groups
+    others = [row for group in groups for row in group if row != [0]]
+    assert max(sum(lengths[index] for index in row) for row in others) <= 512
+    assert sum(len(row) > 1 for row in others) > len(others) / 2
+
+
 def test_flash_attention_gets_one_row_at_a_time():
     groups = arrange(range(10), LENGTHS, 50, Packing(64, one_row=True))
     assert all(len(group) == 1 for group in groups)
