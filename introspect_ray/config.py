@@ -338,7 +338,7 @@ class TrainerConfig(Config):
     log_every: Annotated[int, Field(ge=1)] = 10
     """Optimizer steps between lines of metrics.jsonl."""
     micro_batch_tokens: Annotated[int, Field(ge=1)] = 1024
-    """Largest padded size of one forward pass on one worker; more is faster on a GPU, less is faster on a CPU."""
+    """Largest size of one forward pass on one worker, padding included; more is faster on a GPU, less on a CPU."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Worker failures that are recovered from before the run fails; a new checkpoint starts the count anew."""
     sharding: Literal["none", "fsdp2"] = "none"
@@ -390,7 +390,7 @@ class TrainConfig(Config):
     """jobs/train_explainer.py: fine-tune an explainer on datasets that generate_dataset.py wrote."""
 
     datasets: tuple[str, ...] = ("runs/dataset",)
-    """Dataset folders; their records are mixed in proportion to their size."""
+    """Dataset folders; their records are mixed in proportion to their size, or by `weights`."""
     output: str = "runs/explainer"
     explainer: ExplainerConfig = ExplainerConfig()
     weights: tuple[Annotated[float, Field(gt=0)], ...] | None = None
@@ -403,6 +403,12 @@ class TrainConfig(Config):
     evaluation: EvaluationDuringConfig = EvaluationDuringConfig()
     logging: LoggingConfig = LoggingConfig()
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _one_weight_per_dataset(self) -> Self:
+        if self.weights is not None and len(self.weights) != len(self.datasets):
+            raise ValueError(f"weights has {len(self.weights)} numbers for {len(self.datasets)} datasets")
+        return self
 
 
 class EvaluationRun(Config):

@@ -124,13 +124,15 @@ class Encoded:
     """One query, with or without its answer, as a model reads it.
 
     `loss_mask` marks the answer's tokens and the end token. `vector_positions` are the indices of the placeholder ids
-    and `vectors` what replaces their embeddings, in the same order.
+    and `vectors` what replaces their embeddings, in the same order. Several joined into one row (see packing.py) begin
+    at `starts`.
     """
 
     ids: list[int]
     loss_mask: list[bool]
     vector_positions: list[int]
     vectors: tuple[Vector, ...]
+    starts: tuple[int, ...] = (0,)
 
     @property
     def num_loss_tokens(self) -> int:

@@ -24,6 +24,8 @@ class Collated:
 
     ids: Int[Tensor, "B T"]
     mask: Bool[Tensor, "B T"]
+    positions: Int[Tensor, "B T"]
+    """Place of every token in its own example, from 0. In packed rows padding stays at 0, and counts on elsewhere."""
     vector_rows: Int[Tensor, " N"]
     vector_columns: Int[Tensor, " N"]
     vectors: Float[Tensor, "N M"]
@@ -39,6 +41,9 @@ def collate(
     length = max(len(one.ids) for one in batch)
     ids = np.full((len(batch), length), pad_id, dtype=np.int64)
     mask = np.zeros((len(batch), length), dtype=bool)
+    is_packed = any(len(one.starts) > 1 for one in batch)
+    # Where nothing is packed, positions count on through padding: then attention is causal and needs no mask at all.
+    places = np.tile(np.zeros(length, dtype=np.int64) if is_packed else np.arange(length), (len(batch), 1))
     rows, columns, positions, targets = [], [], [], []
     for row, one in enumerate(batch):
         start = length - len(one.ids) if side == "left" else 0
@@ -46,6 +51,9 @@ def collate(
         mask[row, start : start + len(one.ids)] = True
         rows += [row] * len(one.vector_positions)
         columns += [start + position for position in one.vector_positions]
+        if side == "left" or is_packed:
+            places[row, start : start + len(one.ids)] = _own_places(one)
+            places[row, :start] = 0
         answer = np.flatnonzero(one.loss_mask)
         positions.append(row * length + start + answer - 1)
         targets.append(np.asarray(one.ids, dtype=np.int64)[answer])
@@ -58,6 +66,7 @@ def collate(
     return Collated(
         ids=tensor(ids, torch.long),
         mask=tensor(mask, torch.bool),
+        positions=tensor(places, torch.long),
         vector_rows=tensor(rows, torch.long),
         vector_columns=tensor(columns, torch.long),
         vectors=tensor(values, torch.float32),
@@ -65,6 +74,12 @@ def collate(
         loss_positions=tensor(np.concatenate(positions), torch.long),
         loss_targets=tensor(np.concatenate(targets), torch.long),
     )
+
+
+def _own_places(one: Encoded) -> np.ndarray:
+    """Every token's distance from the start of its example."""
+    starts = np.asarray(one.starts)
+    return np.arange(len(one.ids)) - np.repeat(starts, np.diff([*starts, len(one.ids)]))
 
 
 def scaled(vectors: Float[Tensor, "N M"], norm: float | None) -> Float[Tensor, "N M"]:

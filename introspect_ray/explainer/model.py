@@ -168,8 +168,9 @@ class Explainer(nn.Module):
             embeds = embeds.index_put((batch.vector_rows, batch.vector_columns), projected)
         if side == "right":
             # Right padding comes after every token that counts, so causal attention alone hides it.
-            return Inputs(embeds, None, torch.arange(batch.ids.shape[1], device=self.device).expand_as(batch.ids))
-        return Inputs(embeds, batch.mask.long(), (batch.mask.long().cumsum(dim=-1) - 1).clamp(min=0))
+            # Of packed rows transformers reads off the positions which tokens belong together.
+            return Inputs(embeds, None, batch.positions)
+        return Inputs(embeds, batch.mask.long(), batch.positions)
 
     def loss(self, batch: Sequence[Encoded]) -> tuple[Float[Tensor, ""], int]:
         """Cross-entropy in nats, summed over the answers' tokens and end tokens, and their number."""
@@ -192,7 +193,7 @@ class Explainer(nn.Module):
             eos_token_id=self.encoder.end_id,
             pad_token_id=self.encoder.end_id,
         )
-        with self._evaluating():
+        with self.evaluating():
             for start in range(0, len(order), batch_size):
                 indices = order[start : start + batch_size]
                 inputs = self.inputs(self.collate([encoded[index] for index in indices], "left"), "left")
@@ -206,7 +207,8 @@ class Explainer(nn.Module):
         return answers
 
     @contextmanager
-    def _evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> Iterator[None]:
+        """No dropout inside the block."""
         was_training = self.training
         self.eval()
         try:

@@ -19,11 +19,13 @@ from introspect_ray.config import ExplainerConfig, TrainConfig
 from introspect_ray.errors import RunFailed, UserError
 from introspect_ray.explainer.model import Explainer
 from introspect_ray.training.checkpoint import Checkpoints, CheckpointStore, Tell, TrainState
+from introspect_ray.training.compiling import compile_layers
+from introspect_ray.training.examples import Examples, load_examples, scratch_folder
 from introspect_ray.training.metrics import MetricsLog
 from introspect_ray.training.run import TrainingRun
 from introspect_ray.training.schedule import learning_rate, make_optimizer
 from introspect_ray.training.sharding import checkpoint_activations, streamed_explainer, whole_parameters
-from introspect_ray.training.step import Examples, Stepper, StepResult, load_examples
+from introspect_ray.training.step import Stepper, StepResult
 from introspect_ray.training.workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -68,7 +70,11 @@ def fit(run: TrainingRun, workers: Workers, tell: Tell = logger.warning) -> dict
     if state.step > 0 and workers.rank == 0:
         tell(f"goes on from the checkpoint of step {state.step} with {workers.size} worker(s)")
     log = MetricsLog(run.folder, state.step) if workers.rank == 0 else None
-    results = _steps(stepper, optimizer, state, checkpoints, log)
+    try:
+        results = _steps(stepper, optimizer, state, checkpoints, log)
+    except RunFailed:
+        examples.remove()
+        raise
     weights = whole_parameters(explainer) if stepper.trainable.is_sharded else None
     if workers.rank == 0:
         run.record(results)
@@ -77,6 +83,7 @@ def fit(run: TrainingRun, workers: Workers, tell: Tell = logger.warning) -> dict
     else:
         for _ in weights or ():
             pass  # gathering takes all workers
+    examples.remove()
     return results
 
 
@@ -111,7 +118,9 @@ def build(run: TrainingRun) -> tuple[Explainer, Examples]:
         checkpoint_activations(explainer)
     explainer.projections.requires_grad_(True)
     explainer.train()
-    examples = load_examples(explainer, config.datasets)
+    if config.trainer.compile:
+        compile_layers(explainer)
+    examples = load_examples(explainer, config.datasets, scratch_folder(run.run_key))
     return explainer, examples
 
 

@@ -119,6 +119,8 @@ def relevant(config: TrainConfig) -> TrainConfig:
     reset: dict[str, Any] = {"output": "", "trainer": trainer, "datasets": ()}
     if config.method == "full":
         reset["lora"] = LoraConfig()
+    if len(config.datasets) == 1:
+        reset["weights"] = None
     model = config.explainer.model.model_copy(update={"device": "auto"})
     reset["explainer"] = config.explainer.model_copy(update={"model": model, "fitted_projection": None})
     return config.model_copy(update=reset)

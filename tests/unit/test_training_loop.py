@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_helpers import train_config
+from training_helpers import train_config, write_dataset
 
 from introspect_ray.errors import RunFailed, UserError
 from introspect_ray.explainer.model import Explainer
@@ -82,23 +82,36 @@ def test_gradient_is_that_of_the_token_mean_however_it_is_split(tmp_path):
     explainer, examples = build(run)
     explainer.eval()
     chosen = [0, 1, 2, 3, 7]
-    loss, count = explainer.loss([examples.encoded[index] for index in chosen])
+    loss, count = explainer.loss([examples[index] for index in chosen])
     (loss / count).backward()
     parameters = explainer.trainable_parameters()
     expected = {name: parameter.grad.clone() for name, parameter in parameters.items()}
-    for size, tokens in ((1, 10_000), (1, 64), (2, 64), (3, 10_000)):
+    splits = [(1, 10_000, False), (1, 64, False), (2, 64, False), (3, 10_000, True), (1, 300, True)]
+    for size, tokens, packing in splits:
         total = dict.fromkeys(expected, 0)
         loss_sum = 0.0
         for rank in range(size):
             config = run.config.model_copy(
-                update={"trainer": run.config.trainer.model_copy(update={"micro_batch_tokens": tokens})}
+                update={
+                    "trainer": run.config.trainer.model_copy(update={"micro_batch_tokens": tokens, "packing": packing})
+                }
             )
             stepper = Stepper(explainer, examples, config, Workers(rank, size))
-            loss_sum += float(stepper._accumulate(chosen, count))
+            mine = stepper._mine(chosen)
+            loss_sum += float(stepper._accumulate(mine, {index: examples[index] for index in mine}, count))
             total = {name: total[name] + parameter.grad for name, parameter in parameters.items()}
         assert loss_sum == pytest.approx(loss.item(), rel=1e-5)
         for name in expected:
             torch.testing.assert_close(total[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_steps_draw_from_the_datasets_by_weight(tmp_path):
+    write_dataset(tmp_path / "other", count=6)
+    both = [str(tmp_path / "dataset"), str(tmp_path / "other")]
+    config = train_config(tmp_path, datasets=both, weights=[1, 4], trainer__packing=False)
+    stepper = Stepper(*build(prepare(config)), config, ALONE)
+    drawn = [index for step in range(20) for index in stepper._chosen(step)]
+    assert sum(index >= 24 for index in drawn) == 96  # of 120
 
 
 def test_nan_stops_the_run_and_names_the_records(tmp_path, monkeypatch):
@@ -116,7 +129,7 @@ def test_nan_stops_the_run_and_names_the_records(tmp_path, monkeypatch):
     _, examples = build(run)
     named = str(error.value).split("records of the batch: ")[1].split(", ")
     assert len(named) == 6
-    assert set(named) <= set(examples.record_ids)
+    assert set(named) <= {examples.record_id(index) for index in range(len(examples))}
     assert not run.is_complete()
 
 

@@ -71,6 +71,22 @@ def test_modules_that_the_model_does_not_have(tmp_path):
         prepare(train_config(tmp_path, method="lora", lora__target_modules=("k", "q_proj", "c_attn", "mlp.up_proj")))
 
 
+def test_weights_must_be_one_per_dataset_and_positive(tmp_path):
+    with pytest.raises(ValueError, match="weights has 2 numbers for 1 datasets"):
+        train_config(tmp_path, weights=[1, 2])
+    with pytest.raises(ValueError, match="greater than 0"):
+        train_config(tmp_path, weights=[0])
+
+
+def test_weights_are_part_of_a_run_unless_there_is_nothing_to_weigh(tmp_path):
+    write_dataset(tmp_path / "other", count=10)
+    plain = prepare(train_config(tmp_path))
+    assert prepare(train_config(tmp_path, weights=[3])).run_key == plain.run_key
+    both = [str(tmp_path / "dataset"), str(tmp_path / "other")]
+    keys = {prepare(train_config(tmp_path, datasets=both, weights=w)).run_key for w in (None, [1, 1], [1, 2])}
+    assert len(keys) == 3
+
+
 def test_output_of_another_config_is_refused_and_of_an_equivalent_one_is_not(tmp_path):
     prepare(train_config(tmp_path)).record({})
     prepare(train_config(tmp_path, trainer__log_every=1, trainer__num_workers=5, lora__rank=3))
