@@ -183,22 +183,29 @@ class _Answerer:
 
     def score(self, texts: Sequence[str]) -> list[Scored]:
         """One `Scored` per test record."""
-        assert len(texts) == len(self.test), f"{len(texts)} answers to {len(self.test)} records"
-        return [
-            Scored(
-                record_id=record["record_id"],
-                group=record["group"],
-                truth=self.task.truth(record),
-                accepted=tuple(self.task.accepted(record)),
-                predicted=self.task.parse(text),
-                text=text,
-                reference=example.answer,
-            )
-            for record, example, text in zip(self.test, self.examples, texts, strict=True)
-        ]
+        return score_texts(self.task, self.test, self.examples, texts)
 
 
 _NEED_TRAIN: tuple[Method, ...] = ("majority", "nearest_neighbor")
+
+
+def score_texts(
+    task: Task, records: Sequence[Record], examples: Sequence[Example], texts: Sequence[str]
+) -> list[Scored]:
+    """One `Scored` per record; `examples` are the records rendered, `texts` what was answered to them."""
+    assert len(texts) == len(records), f"{len(texts)} answers to {len(records)} records"
+    return [
+        Scored(
+            record_id=record["record_id"],
+            group=record["group"],
+            truth=task.truth(record),
+            accepted=tuple(task.accepted(record)),
+            predicted=task.parse(text),
+            text=text,
+            reference=example.answer,
+        )
+        for record, example, text in zip(records, examples, texts, strict=True)
+    ]
 
 
 def breakdown(

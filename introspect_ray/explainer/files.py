@@ -31,6 +31,7 @@ from introspect_ray.models.loading import load_model, load_tokenizer, no_progres
 
 Parts = tuple[nn.Module, PreTrainedTokenizerBase, Projections, ExplainerCard]
 ADAPTER_FILE = "adapter_config.json"
+README_FILE = "README.md"
 
 
 def create_parts(config: ExplainerConfig, target: TargetInfo, seed: int) -> Parts:
@@ -81,7 +82,12 @@ def with_adapter(model: PreTrainedModel, config: LoraConfig, seed: int) -> nn.Mo
 
 
 def save(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, projections: Projections, card: ExplainerCard, folder: str
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    projections: Projections,
+    card: ExplainerCard,
+    folder: str,
+    readme: str | None,
 ) -> None:
     """Write every file of an explainer's folder, the card last."""
     with local_target(folder) as path, no_progress_bar():
@@ -95,6 +101,8 @@ def save(
         tokenizer.save_pretrained(path)
         state = {name: tensor.contiguous() for name, tensor in projections.state_dict().items()}
         save_file(state, path / PROJECTIONS_FILE)
+        if readme is not None:
+            (path / README_FILE).write_text(readme, encoding="utf-8")
         write_card(path, card)
 
 

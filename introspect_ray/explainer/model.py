@@ -69,9 +69,9 @@ class Explainer(nn.Module):
         """
         return cls(*files.load_parts(folder, device, dtype))
 
-    def save(self, folder: str) -> None:
-        """Hugging Face files (weights or adapter, tokenizer), projections, and `explainer.json` last."""
-        files.save(self.model, self.tokenizer, self.projections, self.card, folder)
+    def save(self, folder: str, readme: str | None = None) -> None:
+        """Hugging Face files (weights or adapter, tokenizer), projections, README.md if any, `explainer.json` last."""
+        files.save(self.model, self.tokenizer, self.projections, self.card, folder, readme)
 
     @property
     def causal(self) -> PreTrainedModel:
@@ -157,10 +157,18 @@ class Explainer(nn.Module):
         loss = nn.functional.cross_entropy(logits.float(), collated.loss_targets, reduction="sum")
         return loss, len(collated.loss_targets)
 
-    @torch.no_grad()
     def explain(self, queries: Sequence[Query], batch_size: int) -> list[str]:
         """Greedy answers in the order of the queries; batching changes nothing but speed."""
-        encoded = self.encode(queries, answers=None)
+        return self.answer(self.encode(queries, answers=None), batch_size)
+
+    @torch.no_grad()
+    def answer(self, encoded: Sequence[Encoded], batch_size: int, in_step: bool = False) -> list[str]:
+        """Greedy answers to encoded queries, in their order.
+
+        Args:
+            in_step: the weights are sharded over processes, which all call this with equally many queries; each goes
+                on with its forward passes until all have finished a batch, because each needs all for every one.
+        """
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index].ids))
         answers = [""] * len(encoded)
         settings = GenerationConfig(
@@ -178,6 +186,7 @@ class Explainer(nn.Module):
                     inputs_embeds=inputs.inputs_embeds,
                     attention_mask=inputs.attention_mask,
                     generation_config=settings,
+                    synced_gpus=in_step,
                 )
                 for index, ids in zip(indices, generated.tolist(), strict=True):
                     answers[index] = self.encoder.decode(ids)

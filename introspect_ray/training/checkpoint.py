@@ -13,7 +13,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import fsspec
 import safetensors.torch
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from introspect_ray.data.storage import Folder
+from introspect_ray.errors import RunFailed
 
 FORMAT_VERSION = 1
 STATE_FILE, WEIGHTS_FILE, OPTIMIZER_FILE = "state.json", "weights.safetensors", "optimizer.safetensors"
@@ -42,6 +43,12 @@ class TrainState:
     """Loss in nats, summed over the answer tokens since the last line of metrics."""
     window_tokens: int = 0
     """Answer tokens since the last line of metrics."""
+    best_step: int = 0
+    """Step of the best evaluation so far, whose checkpoint stays; 0 before the first."""
+    best_scores: dict[str, float | None] = field(default_factory=dict)
+    """What it scored, by metric."""
+    bad_evaluations: int = 0
+    """Evaluations since then."""
 
 
 class CheckpointStore:
@@ -53,7 +60,7 @@ class CheckpointStore:
         self.keep = keep
 
     def save(self, parameters: Parameters, optimizer: torch.optim.AdamW, state: TrainState) -> None:
-        """Write one checkpoint, then remove all but the newest."""
+        """Write one checkpoint, then remove all but the newest and those that they name as their best."""
         place = self._place(f"step_{state.step:06d}")
         files = {
             WEIGHTS_FILE: safetensors.torch.save({name: p.detach().contiguous() for name, p in parameters.items()}),
@@ -64,11 +71,18 @@ class CheckpointStore:
         digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
         vouched = {"format_version": FORMAT_VERSION, "run_key": self.run_key, "sha256": digests, **asdict(state)}
         place.write(STATE_FILE, (json.dumps(vouched, indent=2) + "\n").encode())
-        for name in self.names()[: -self.keep]:
-            self._remove(name)
+        names = self.names()
+        named = {self._best_of(name) for name in names[-self.keep :]}
+        for name in names[: -self.keep]:
+            if name not in named:
+                self._remove(name)
 
     def restore(self, parameters: Parameters, optimizer: torch.optim.AdamW, at_step: int | None) -> TrainState:
-        """Load the newest whole checkpoint (or the one at a step) in place; a fresh state if there is none."""
+        """Load the newest whole checkpoint in place, or the one at a step; a fresh state if there is none.
+
+        Raises:
+            RunFailed: the checkpoint at that step is not whole.
+        """
         names = self.names() if at_step is None else [f"step_{at_step:06d}"]
         for name in reversed(names):
             try:
@@ -78,7 +92,8 @@ class CheckpointStore:
                 continue
             _load(parameters, optimizer, weights, moments)
             return state
-        assert at_step is None, f"checkpoint of step {at_step} was valid on rank 0"
+        if at_step is not None:
+            raise RunFailed(f"checkpoint {self.folder.url}/{names[0]}, which the run needs, is missing or damaged")
         return TrainState()
 
     def names(self) -> list[str]:
@@ -105,6 +120,14 @@ class CheckpointStore:
                 raise ValueError(f"{file} is not what was written")
         weights, moments = (safetensors.torch.load(contents[file]) for file in (WEIGHTS_FILE, OPTIMIZER_FILE))
         return TrainState(**vouched), weights, moments
+
+    def _best_of(self, name: str) -> str | None:
+        """Name of the checkpoint that one calls its best; none if it has none yet, or is not whole."""
+        try:
+            step = int(json.loads(self._place(name).read(STATE_FILE))["best_step"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return f"step_{step:06d}" if step else None
 
     def _place(self, name: str) -> Folder:
         return Folder(f"{self.folder.url}/{name}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice, zip_longest
 
 from introspect_ray.config import ActorConfig, EvaluateConfig, EvaluationRun, resolved
 from introspect_ray.data.cluster import connect
@@ -22,6 +21,7 @@ from introspect_ray.errors import UserError
 from introspect_ray.evaluation.evaluate import Keep, TaskEvaluation, applicable, evaluate_task
 from introspect_ray.evaluation.intervals import Bootstrap
 from introspect_ray.evaluation.report import Report, TaskReport, build_task_report, render_report
+from introspect_ray.evaluation.sampling import spread
 from introspect_ray.evaluation.scores import format_table, scores_json
 from introspect_ray.explainer.card import ExplainerCard, local_copy, read_card
 from introspect_ray.tasks.base import Record, Task, stable_id
@@ -163,22 +163,6 @@ def _evaluate(
     )
     curve = [(line["step"], line["loss"]) for line in read_metrics(Folder(job.run.explainer))]
     return evaluation, build_task_report(job.task, test, evaluation, curve, config.num_browsable)
-
-
-def spread(records: Sequence[Record], limit: int | None) -> list[Record]:
-    """At most `limit` records, in their order: the same number of every group where it has so many, by stable draw.
-
-    Groups are the independent units: a few records of each say more than all records of a few.
-    """
-    if limit is None or len(records) <= limit:
-        return list(records)
-    groups: dict[str, list[Record]] = {}
-    for record in sorted(records, key=lambda record: stable_id("spread", record["record_id"])):
-        groups.setdefault(record["group"], []).append(record)
-    turns = zip_longest(*(groups[name] for name in sorted(groups, key=stable_id)))
-    drawn = (record["record_id"] for turn in turns for record in turn if record is not None)
-    chosen = set(islice(drawn, limit))
-    return [record for record in records if record["record_id"] in chosen]
 
 
 def _keeper(folder: Folder, task: str, num_records: int, tally: _Tally) -> Keep:

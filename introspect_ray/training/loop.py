@@ -1,7 +1,7 @@
 """What each Ray Train worker runs: build, resume, step, checkpoint, export.
 
-    all workers   build explainer and examples -> agree on the newest whole checkpoint -> steps
-    rank 0        metrics.jsonl, checkpoints, and at the end the explainer itself
+    all workers   build explainer and examples -> agree on the newest whole checkpoint -> steps, evaluations
+    rank 0        metrics, checkpoints, and at the end the explainer itself, as it was at its best evaluation if any
 
 Checkpoints are ours, not Ray's, so that resuming is one path whatever died (a worker, the driver, the cluster).
 `ray.train.report`, a barrier that costs up to a controller poll, is not called: what came of a run is in its folder.
@@ -9,7 +9,7 @@ Checkpoints are ours, not Ray's, so that resuming is one path whatever died (a w
 
 from __future__ import annotations
 
-import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,10 +18,13 @@ from introspect_ray.config import ExplainerConfig, TrainConfig
 from introspect_ray.errors import RunFailed, UserError
 from introspect_ray.explainer.model import Explainer
 from introspect_ray.training.checkpoint import CheckpointStore, TrainState
-from introspect_ray.training.metrics import MetricsLog
+from introspect_ray.training.loggers import Loggers
+from introspect_ray.training.model_card import readme
 from introspect_ray.training.run import TrainingRun
 from introspect_ray.training.schedule import learning_rate, make_optimizer
+from introspect_ray.training.speed import Speed
 from introspect_ray.training.step import Examples, Stepper, StepResult, load_examples
+from introspect_ray.training.validation import Evaluator, HeldOut, load_held_out
 from introspect_ray.training.workers import Workers
 
 
@@ -52,7 +55,7 @@ def fit(run: TrainingRun, workers: Workers) -> dict[str, Any]:
         UserError: a record does not fit the explainer, or a model does not load.
         RunFailed: loss or gradient became NaN or infinite, or another worker could not start.
     """
-    explainer, examples = _build_together(run, workers)
+    explainer, examples, held_out = _build_together(run, workers)
     parameters = explainer.trainable_parameters()
     optimizer = make_optimizer(parameters.values(), run.config.optimization)
     store = CheckpointStore(run.checkpoints, run.run_key, run.config.trainer.keep_checkpoints)
@@ -62,20 +65,27 @@ def fit(run: TrainingRun, workers: Workers) -> dict[str, Any]:
     at_step = workers.agree(state.step, explainer.device)
     if workers.rank > 0 and at_step > 0:
         state = store.restore(parameters, optimizer, at_step)
-    log = MetricsLog(run.folder, state.step) if workers.rank == 0 else None
-    results = _steps(Stepper(explainer, examples, run.config, workers), optimizer, state, store, log)
+    evaluator = Evaluator(explainer, held_out, run.config, workers)
+    with Loggers(run, state.step) if workers.rank == 0 else nullcontext() as log:
+        results = _steps(Stepper(explainer, examples, run.config, workers), evaluator, optimizer, state, store, log)
+    if state.best_step:
+        if state.best_step < state.step:
+            store.restore(parameters, optimizer, state.best_step)
+        stopped = state.step < run.config.optimization.steps
+        results |= {"exported_step": state.best_step, "best": state.best_scores, "stopped_early": stopped}
     if workers.rank == 0:
         run.record(results)
-        explainer.save(run.config.output)
+        explainer.save(run.config.output, readme(explainer.card, run.account(results), None))
         store.clear()
     return results
 
 
-def _build_together(run: TrainingRun, workers: Workers) -> tuple[Explainer, Examples]:
-    """`build` on every worker. If it fails on one, all fail here and none is left waiting for a message."""
+def _build_together(run: TrainingRun, workers: Workers) -> tuple[Explainer, Examples, list[HeldOut]]:
+    """`build` on every worker, and what evaluations answer. If that fails on one, all fail here and none waits."""
     error: UserError | None = None
     try:
         explainer, examples = build(run)
+        held_out = load_held_out(explainer, run.config)
     except UserError as found:
         error = found
     device = torch.device("cpu") if error or workers.size == 1 else explainer.device
@@ -84,7 +94,7 @@ def _build_together(run: TrainingRun, workers: Workers) -> tuple[Explainer, Exam
         raise error
     if not everyone:
         raise RunFailed("another worker could not load the explainer or its examples")
-    return explainer, examples
+    return explainer, examples, held_out
 
 
 def build(run: TrainingRun) -> tuple[Explainer, Examples]:
@@ -110,25 +120,35 @@ def _placed(config: TrainConfig) -> ExplainerConfig:
 
 
 def _steps(
-    stepper: Stepper, optimizer: torch.optim.AdamW, state: TrainState, store: CheckpointStore, log: MetricsLog | None
+    stepper: Stepper,
+    evaluator: Evaluator,
+    optimizer: torch.optim.AdamW,
+    state: TrainState,
+    store: CheckpointStore,
+    log: Loggers | None,
 ) -> dict[str, Any]:
     """All steps that are left; returns the last line of metrics, rounding differences and timings apart the same for
     any history of interruptions."""
     config = stepper.config
     steps = config.optimization.steps
-    started, tokens_before = time.monotonic(), state.tokens
+    speed = Speed(stepper.explainer, stepper.workers.size)
+    speed.start(state.tokens)
     last: dict[str, Any] = {}
     for number in range(state.step, steps):
         result = stepper.step(number, optimizer)
         _add(state, result)
-        if state.step % config.trainer.log_every == 0 or state.step == steps:
-            speed = (state.tokens - tokens_before) / (time.monotonic() - started)
-            last = _metrics(state, result, config, speed)
-            started, tokens_before = time.monotonic(), state.tokens
+        if state.step % config.trainer.log_every == 0 or state.step == steps or evaluator.is_due(state.step):
+            last = _metrics(state, result, config) | speed.metrics(state.tokens)
+            if evaluator.is_due(state.step):
+                last |= evaluator.evaluate(state)
+            speed.start(state.tokens)
             if log is not None:
                 log.append(last)
-        is_due = state.step % config.trainer.checkpoint_every == 0 and state.step < steps
-        if is_due and log is not None:
+        if evaluator.is_over(state):
+            break
+        # The best step's checkpoint is what is exported in the end.
+        is_due = state.step % config.trainer.checkpoint_every == 0 or state.step == state.best_step
+        if is_due and state.step < steps and log is not None:
             store.save(stepper.explainer.trainable_parameters(), optimizer, state)
     return last
 
@@ -140,14 +160,13 @@ def _add(state: TrainState, result: StepResult) -> None:
     state.window_tokens += result.loss_tokens
 
 
-def _metrics(state: TrainState, result: StepResult, config: TrainConfig, speed: float) -> dict[str, Any]:
+def _metrics(state: TrainState, result: StepResult, config: TrainConfig) -> dict[str, Any]:
     """One line of metrics; the loss is the token mean since the line before, which starts anew."""
     metrics = {
         "step": state.step,
         "loss": state.window_loss / state.window_tokens,
         "lr": learning_rate(state.step - 1, config.optimization),
         "tokens": state.tokens,
-        "tokens_per_second": round(speed, 1),
         "grad_norm": result.grad_norm,
     }
     state.window_loss, state.window_tokens = 0.0, 0

@@ -34,6 +34,14 @@ class Workers:
             gradient.copy_(sum_of_all.view_as(gradient))
         return total
 
+    def sum(self, values: Sequence[float], device: torch.device) -> list[float]:
+        """Every value summed over the workers, in double precision: counts come out exact."""
+        if self.size == 1:
+            return list(values)
+        message = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(message)
+        return message.tolist()
+
     def agree(self, value: int, device: torch.device) -> int:
         """Rank 0's value, on every worker."""
         if self.size == 1:
