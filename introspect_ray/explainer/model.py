@@ -20,10 +20,11 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from introspect_ray.config import ExplainerConfig, LoraConfig
 from introspect_ray.errors import UserError
-from introspect_ray.explainer import files
+from introspect_ray.explainer import files, published
 from introspect_ray.explainer.card import ExplainerCard, TargetInfo
 from introspect_ray.explainer.encoding import Encoded, Encoder
 from introspect_ray.explainer.forward import Collated, collate, logits_at, scaled, soft_tokens
+from introspect_ray.explainer.merging import merged
 from introspect_ray.explainer.projections import Projections
 from introspect_ray.explainer.query import Query, Vector
 
@@ -62,11 +63,13 @@ class Explainer(nn.Module):
 
     @classmethod
     def load(cls, folder: str, device: str, dtype: str) -> Explainer:
-        """A saved explainer, full weights or adapter, from a folder or fsspec URL.
+        """A saved explainer, full weights or adapter, from a folder or fsspec URL; also one that P1 published.
 
         Raises:
             UserError: the folder is not a whole explainer, or a file in it cannot be read.
         """
+        if published.is_published(folder):
+            return cls(*published.load_published(folder, device, dtype))
         return cls(*files.load_parts(folder, device, dtype))
 
     def save(self, folder: str, readme: str | None = None) -> None:
@@ -86,6 +89,16 @@ class Explainer(nn.Module):
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """Name -> parameter for all that training changes; tied weights appear once."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def merge_adapter(self) -> None:
+        """Add the adapter to the weights that it adapts, in the dtype that 4-bit ones are computed in.
+
+        What comes is an explainer of full weights that answers alike. One without an adapter stays as it is.
+        """
+        if self.card.weights == "lora":
+            self.model = merged(self.model)
+            base = self.card.base.model_copy(update={"quantization": "none"})
+            self.card = self.card.model_copy(update={"weights": "full", "base": base})
 
     def add_adapter(self, config: LoraConfig, seed: int) -> None:
         """Freeze the language model and put low-rank adapters into it; projections stay trainable.

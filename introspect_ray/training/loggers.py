@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 import tempfile
 import time
@@ -151,6 +152,9 @@ class _MLflow:
     """One run of the experiment `introspect_ray` on a tracking server or in a folder."""
 
     def __init__(self, uri: str, run: TrainingRun):
+        if "://" not in uri:
+            # Newer versions want to be told that a plain folder is meant.
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         import mlflow
 
         self._mlflow = mlflow
