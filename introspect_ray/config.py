@@ -437,9 +437,7 @@ class EvaluateConfig(Config):
             if run.name in get_args(Method):
                 raise ValueError(f"runs: name {run.name!r} is that of a method: choose another")
             if others and run.name is None:
-                raise ValueError(
-                    f"runs: dataset {run.dataset} has several explainers: give each after the first a name"
-                )
+                raise ValueError(f"runs: dataset {run.dataset} has several explainers: name each after the first")
             if run.name in others and run.name is not None:
                 raise ValueError(f"runs: dataset {run.dataset} has two explainers with the name {run.name!r}")
             others.append(run.name)

@@ -103,7 +103,7 @@ class _TensorBoard:
         local = self._temporary.name if self._temporary else f"{output.removeprefix('file://')}/{TENSORBOARD_FOLDER}"
         self._folder = Path(local)
         # Of what an earlier process logged, TensorBoard shows nothing from `purge_step` on.
-        self._writer = SummaryWriter(logdir=local, purge_step=step + 1)
+        self._writer = SummaryWriter(logdir=local, purge_step=step + 1, filename_suffix=f".after_step_{step}")
 
     def log(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
