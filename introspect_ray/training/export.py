@@ -33,7 +33,7 @@ def export_explainer(config: ExportConfig) -> str:
     names = [name for name in output.names() if not name.startswith(TEMPORARY)]
     if names:
         raise UserError(f"output folder {config.output} is not empty ({names[0]}, ...): choose another")
-    scores = _scores(config) if config.evaluation is not None else None
+    scores, own = _scores(config) if config.evaluation is not None else (None, None)
     if is_published(config.explainer):
         explainer = Explainer(
             *load_published(
@@ -53,7 +53,7 @@ def export_explainer(config: ExportConfig) -> str:
         if content is not None:
             output.write(name, content)
     account = copied[TRAINING_FILE]
-    explainer.save(config.output, readme(explainer.card, json.loads(account) if account else None, scores))
+    explainer.save(config.output, readme(explainer.card, json.loads(account) if account else None, scores, own))
     kind = "an adapter" if explainer.card.weights == "lora" else "full weights"
     return f"wrote {config.output}: {kind}, explains {explainer.card.target.path}"
 
@@ -80,8 +80,8 @@ def _refuse_hints(config: ExportConfig) -> None:
             raise UserError(f"{name} is {value!r}, but {config.explainer} is no published checkpoint: leave it out")
 
 
-def _scores(config: ExportConfig) -> dict[str, Any]:
-    """The scores of the tasks that an evaluation asked this very explainer about."""
+def _scores(config: ExportConfig) -> tuple[dict[str, Any], dict[str, str]]:
+    """The scores of the tasks that an evaluation asked this very explainer about, and its name in each."""
     assert config.evaluation is not None
     folder = Folder(config.evaluation)
     about, scores = _read(folder, CONFIG_NAME), _read(folder, SCORES_NAME)
@@ -90,9 +90,9 @@ def _scores(config: ExportConfig) -> dict[str, Any]:
     try:
         evaluation, found = json.loads(about), json.loads(scores)
         runs = zip(evaluation["config"]["runs"], evaluation["tasks"], strict=True)
-        tasks = [task for run, task in runs if _same(run["explainer"], config.explainer)]
-        if tasks:
-            return {task: found[task] for task in tasks}
+        own = {task: run["name"] or "explainer" for run, task in runs if _same(run["explainer"], config.explainer)}
+        if own:
+            return {task: found[task] for task in own}, own
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"evaluation {config.evaluation} cannot be read: {error}") from None
     asked = ", ".join(run["explainer"] for run in evaluation["config"]["runs"])

@@ -75,7 +75,7 @@ def fit(run: TrainingRun, workers: Workers) -> dict[str, Any]:
         results |= {"exported_step": state.best_step, "best": state.best_scores, "stopped_early": stopped}
     if workers.rank == 0:
         run.record(results)
-        explainer.save(run.config.output, readme(explainer.card, run.account(results), None))
+        explainer.save(run.config.output, readme(explainer.card, run.account(results)))
         store.clear()
     return results
 

@@ -17,12 +17,18 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PAPER = "[arXiv 2511.08579](https://arxiv.org/abs/2511.08579)"
 
 
-def readme(card: ExplainerCard, training: Mapping[str, Any] | None, scores: Scores | None) -> str:
+def readme(
+    card: ExplainerCard,
+    training: Mapping[str, Any] | None,
+    scores: Scores | None = None,
+    own: Mapping[str, str] | None = None,
+) -> str:
     """The model card as Markdown.
 
     Args:
         training: the contents of training.json; absent for an explainer that was trained elsewhere.
         scores: of an evaluation on held-out groups.
+        own: the method that this explainer is in them, by task.
     """
     target = card.target
     parts = [
@@ -39,7 +45,8 @@ def readme(card: ExplainerCard, training: Mapping[str, Any] | None, scores: Scor
     for task, methods in (scores or {}).items():
         parts += [
             f"## Scores: {task}",
-            "On held-out groups, with intervals over groups.",
+            f"On held-out groups, with intervals over groups. This explainer is `{(own or {})[task]}`; vectors are"
+            " removed, zeroed or swapped for the explainer of the first row.",
             _scores_table(methods),
         ]
     parts += ["## How to load", _loading(card)]

@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
     fit(run, Workers(0, 1))
     (made / "evaluation").mkdir()
     (made / "evaluation" / "scores.json").write_text(json.dumps(SCORES))
-    runs = [{"explainer": str(made / "out")}, {"explainer": "elsewhere"}]
+    runs = [{"explainer": str(made / "out"), "name": "self"}, {"explainer": "elsewhere", "name": None}]
     about = {"config": {"runs": runs}, "tasks": ["activation_patching", "input_ablation"]}
     (made / "evaluation" / "config.json").write_text(json.dumps(about))
     return made
@@ -59,6 +59,7 @@ def test_an_export_answers_as_before(folder, tmp_path, merge):
     assert json.loads((output / "scores.json").read_text()) == {"activation_patching": SCORES["activation_patching"]}
     card = (output / "README.md").read_text()
     assert "| self | 0.50 [0.25, 0.75] |" in card and "| B\\|random | n/a [n/a, n/a] |" in card
+    assert "This explainer is `self`" in card
     assert "0.13" not in card, "that is another explainer's"
     assert f"library_name: {'transformers' if merge else 'peft'}" in card
 
