@@ -416,6 +416,9 @@ class EvaluationRun(Config):
 
     dataset: str = "runs/dataset"
     explainer: str = "runs/explainer"
+    name: Annotated[str, Field(pattern=r"^\w[\w .+()-]{0,39}$")] | None = None
+    """What scores and report call the explainer. Several explainers of one dataset stand side by side; the first is
+    the one that controls and breakdowns are of, the others need names."""
 
 
 class EvaluateConfig(Config):
@@ -436,6 +439,44 @@ class EvaluateConfig(Config):
     """Examples per task that the report lets a reader browse."""
     actors: ActorConfig = ActorConfig()
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _names_tell_apart(self) -> Self:
+        if not self.runs:
+            raise ValueError("runs is empty, expected at least one")
+        seen: dict[str, list[str | None]] = {}
+        for run in self.runs:
+            others = seen.setdefault(run.dataset, [])
+            if run.name in get_args(Method):
+                raise ValueError(f"runs: name {run.name!r} is that of a method: choose another")
+            if others and run.name is None:
+                raise ValueError(f"runs: dataset {run.dataset} has several explainers: name each after the first")
+            if run.name in others and run.name is not None:
+                raise ValueError(f"runs: dataset {run.dataset} has two explainers with the name {run.name!r}")
+            others.append(run.name)
+        return self
+
+
+class ExportConfig(Config):
+    """jobs/export_explainer.py: an explainer for others to load, ours or one that P1 published."""
+
+    explainer: str = "runs/explainer"
+    """Folder (any fsspec URL, `hf://OWNER/NAME` for one of the hub)."""
+    output: str = "runs/exported"
+    """A new folder (any fsspec URL)."""
+    merge: bool = False
+    """Add an adapter to the weights that it adapts, so that no base model is needed."""
+    evaluation: str | None = None
+    """Folder that evaluate_explainer.py wrote; its scores go into the model card."""
+    device: str = "cpu"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the weights in memory and in the output; `auto` takes the checkpoint's."""
+    target: str | None = None
+    """Published checkpoints: the model that is explained, where their name does not say it."""
+    base: str | None = None
+    """Published adapters: the model that they belong to, where the name that they say leads nowhere."""
+    alignment: str | None = None
+    """Published checkpoints without projections: file with keys alignments.LAYER.weight."""
 
 
 class PocketTargetConfig(Config):

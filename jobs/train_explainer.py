@@ -12,7 +12,7 @@ def train(config: TrainConfig) -> str:
     from introspect_ray.training.train import train_explainer  # Ray and torch load only after the config is checked
 
     with progress_bar("train", "step") as show:
-        return train_explainer(config, lambda step, steps, loss: show(step, steps, f"loss {loss:.3f}")).line
+        return train_explainer(config, show).line
 
 
 def main(config: TrainConfig) -> None:

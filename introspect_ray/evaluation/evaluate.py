@@ -36,11 +36,16 @@ class TaskEvaluation:
     task: str
     metrics: tuple[str, ...]
     """The task's metrics, the main one first."""
-    predictions: dict[Method, list[Scored]]
-    intervals: dict[Method, dict[str, Interval]]
-    ahead: dict[Method, Interval]
+    predictions: dict[str, list[Scored]]
+    """By method; further explainers of the same dataset stand under their own names."""
+    intervals: dict[str, dict[str, Interval]]
+    ahead: dict[str, Interval]
     """Main metric of the explainer minus that of every other method, paired over groups."""
     bootstrap: Bootstrap
+    name: str | None = None
+    """What the explainer is called beside others."""
+    others: tuple[str, ...] = ()
+    """Names of further explainers."""
     scale_scores: dict[float, float] = field(default_factory=dict)
     """Main metric of the untrained model by vector norm; `self_scales` is the best of them, chosen on these records."""
 
@@ -49,9 +54,13 @@ class TaskEvaluation:
         return METRICS[self.metrics[0]]
 
     @property
-    def featured(self) -> Method:
+    def featured(self) -> str:
         """The method that breakdowns and examples are about: the explainer, or the first one if it was left out."""
         return "explainer" if "explainer" in self.predictions else next(iter(self.predictions))
+
+    def shown(self, method: str) -> str:
+        """What a method is called in scores: the explainer by its name if it has one."""
+        return self.name if method == "explainer" and self.name is not None else method
 
     @property
     def best_scale(self) -> float | None:
@@ -91,12 +100,15 @@ def evaluate_task(
     scales: Sequence[float],
     bootstrap: Bootstrap,
     keep: Keep = answer_directly,
+    name: str | None = None,
+    others: Mapping[str, Sequence[str]] | None = None,
 ) -> TaskEvaluation:
     """Predictions and intervals of every applicable method on the ok records of `test`.
 
     `explain` is the trained explainer, `untrained` the same model before training; both get queries as they are, and
     `untrained` must leave vector norms alone. `keep` is called with the method's name (for `self_scales` with
     `self_scales@NORM`) before anything is computed for it, so that a job can store texts and skip what is done.
+    `name` is what the explainer is called beside `others`, further explainers by name and their answers to `test`.
     """
     chosen = applicable(task, methods)
     if not chosen:
@@ -107,7 +119,7 @@ def evaluate_task(
         raise UserError(f"{task.name}: no record with a truth in the test split, nothing to score")
     answerer = _Answerer(task, train, test, explain, untrained, bootstrap.seed)
     metrics = [METRICS[name] for name in task.metrics]
-    predictions: dict[Method, list[Scored]] = {}
+    predictions: dict[str, list[Scored]] = {}
     scale_scores: dict[float, float] = {}
     for method in chosen:
         if method == "self_scales":
@@ -119,13 +131,17 @@ def evaluate_task(
             predictions[method] = by_scale[_best_scale(scale_scores)]
         else:
             predictions[method] = answerer.score(keep(method, partial(answerer.texts, method)))
+        if method == chosen[0]:
+            predictions |= {other: answerer.score(texts) for other, texts in (others or {}).items()}
     intervals = {method: bootstrap_intervals(rows, metrics, bootstrap) for method, rows in predictions.items()}
-    ahead: dict[Method, Interval] = {
+    ahead: dict[str, Interval] = {
         method: paired_difference(predictions["explainer"], rows, metrics[0], bootstrap)
         for method, rows in predictions.items()
         if "explainer" in predictions and method != "explainer"
     }
-    return TaskEvaluation(task.name, task.metrics, predictions, intervals, ahead, bootstrap, scale_scores)
+    return TaskEvaluation(
+        task.name, task.metrics, predictions, intervals, ahead, bootstrap, name, tuple(others or ()), scale_scores
+    )
 
 
 @dataclass
@@ -183,22 +199,29 @@ class _Answerer:
 
     def score(self, texts: Sequence[str]) -> list[Scored]:
         """One `Scored` per test record."""
-        assert len(texts) == len(self.test), f"{len(texts)} answers to {len(self.test)} records"
-        return [
-            Scored(
-                record_id=record["record_id"],
-                group=record["group"],
-                truth=self.task.truth(record),
-                accepted=tuple(self.task.accepted(record)),
-                predicted=self.task.parse(text),
-                text=text,
-                reference=example.answer,
-            )
-            for record, example, text in zip(self.test, self.examples, texts, strict=True)
-        ]
+        return score_texts(self.task, self.test, self.examples, texts)
 
 
 _NEED_TRAIN: tuple[Method, ...] = ("majority", "nearest_neighbor")
+
+
+def score_texts(
+    task: Task, records: Sequence[Record], examples: Sequence[Example], texts: Sequence[str]
+) -> list[Scored]:
+    """One `Scored` per record; `examples` are the records rendered, `texts` what was answered to them."""
+    assert len(texts) == len(records), f"{len(texts)} answers to {len(records)} records"
+    return [
+        Scored(
+            record_id=record["record_id"],
+            group=record["group"],
+            truth=task.truth(record),
+            accepted=tuple(task.accepted(record)),
+            predicted=task.parse(text),
+            text=text,
+            reference=example.answer,
+        )
+        for record, example, text in zip(records, examples, texts, strict=True)
+    ]
 
 
 def breakdown(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from introspect_ray.config import Method
 from introspect_ray.evaluation.charts import CurvePlot, curve_plot
@@ -71,7 +71,7 @@ METHOD_GROUPS: tuple[tuple[str, str, tuple[Method, ...]], ...] = (
 class MethodAnswer:
     """One method's answer to a browsable example."""
 
-    method: Method
+    method: str
     text: str
     is_right: bool
 
@@ -147,6 +147,26 @@ def build_task_report(
     return TaskReport(evaluation, tables, grid, list(curve), examples)
 
 
+def groups_of(evaluation: TaskEvaluation) -> list[tuple[str, str, list[str]]]:
+    """Groups of methods that were evaluated: (title, phrase, methods); further explainers follow the first."""
+    groups = []
+    for title, phrase, names in METHOD_GROUPS:
+        present: list[str] = [name for name in names if name in evaluation.intervals]
+        if title == "Explainer":
+            present += evaluation.others
+        if present:
+            groups.append((title, phrase, present))
+    return groups
+
+
+def text_of(evaluation: TaskEvaluation, method: str) -> MethodText:
+    """How a method of an evaluation is presented; an explainer that has a name by that."""
+    if method in evaluation.others:
+        return MethodText(method, "another explainer, asked the same")
+    text = METHOD_TEXTS[cast(Method, method)]
+    return MethodText(evaluation.shown(method), text.phrase) if evaluation.shown(method) != method else text
+
+
 def _browsable(
     task: Task, records: Sequence[Record], evaluation: TaskEvaluation, num_browsable: int
 ) -> list[BrowsableExample]:
@@ -160,9 +180,8 @@ def _browsable(
         pieces, details = task.display(record)
         answers = [
             MethodAnswer(method, rows[method][record_id].text, is_right(rows[method][record_id]))
-            for _, _, methods in METHOD_GROUPS
+            for _, _, methods in groups_of(evaluation)
             for method in methods
-            if method in rows
         ]
         labels = {title: column_label(record.get(column)) for title, column in task.breakdowns.items()}
         truth = rows[evaluation.featured][record_id].reference
@@ -173,7 +192,7 @@ def _browsable(
 def render_report(report: Report) -> str:
     """The page as HTML text."""
     tasks = [_TaskView(task) for task in report.tasks]
-    return render_page("report.html", report=report, summary=report.summary, tasks=tasks, methods=METHOD_TEXTS)
+    return render_page("report.html", report=report, summary=report.summary, tasks=tasks)
 
 
 class _TaskView:
@@ -192,21 +211,19 @@ class _TaskView:
         self.curve: CurvePlot | None = curve_plot(report.curve)
 
     @property
-    def groups(self) -> list[tuple[str, str, list[Method]]]:
-        """Groups of methods that were evaluated: (title, phrase, methods)."""
-        present = self.evaluation.intervals
-        groups = [
-            (title, phrase, [name for name in names if name in present]) for title, phrase, names in METHOD_GROUPS
-        ]
-        return [group for group in groups if group[2]]
+    def groups(self) -> list[tuple[str, str, list[str]]]:
+        return groups_of(self.evaluation)
 
-    def rival(self, title: str) -> Method | None:
+    def label(self, method: str) -> str:
+        return text_of(self.evaluation, method).label
+
+    def rival(self, title: str) -> str | None:
         """The best method of a group by the main metric."""
         names = [name for group, _, members in self.groups if group == title for name in members]
         return max(names, key=lambda name: self.evaluation.intervals[name][self.main.name].value, default=None)
 
-    def phrase_of(self, method: Method) -> str:
-        phrase = METHOD_TEXTS[method].phrase
+    def phrase_of(self, method: str) -> str:
+        phrase = text_of(self.evaluation, method).phrase
         if method == "self_scales":
             return f"{phrase}: norm {self.evaluation.best_scale:g}, an upper bound"
         return phrase
@@ -222,7 +239,7 @@ class _TaskView:
                     "details": list(example.details.items()),
                     "truth": example.truth,
                     "answers": [
-                        [METHOD_TEXTS[answer.method].label, answer.text, answer.is_right] for answer in example.answers
+                        [self.label(answer.method), answer.text, answer.is_right] for answer in example.answers
                     ],
                     "labels": example.labels,
                 }

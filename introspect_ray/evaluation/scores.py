@@ -18,7 +18,7 @@ def scores_json(evaluations: Sequence[TaskEvaluation]) -> str:
 
     scores = {
         evaluation.task: {
-            method: {
+            evaluation.shown(method): {
                 name: {
                     "value": number(interval.value),
                     "low": number(interval.low),
@@ -42,7 +42,7 @@ def format_table(evaluations: Sequence[TaskEvaluation]) -> str:
         head = f"{evaluation.task}: {first.n} records in {first.num_groups} groups"
         lines = [["method", *evaluation.metrics]]
         for method, intervals in evaluation.intervals.items():
-            lines.append([method, *(_cell(intervals[name]) for name in evaluation.metrics)])
+            lines.append([evaluation.shown(method), *(_cell(intervals[name]) for name in evaluation.metrics)])
         widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
         rows = [
             "  ".join(

@@ -46,6 +46,7 @@ from introspect_ray.models.structure import decoder_layers
 Parts = tuple[nn.Module, PreTrainedTokenizerBase, Projections, ExplainerCard]
 ADAPTER_FILE = "adapter_config.json"
 EXPORT_FILE_BYTES = 5 * 10**9
+README_FILE = "README.md"
 
 
 def create_parts(config: ExplainerConfig, target: TargetInfo, seed: int) -> Parts:
@@ -191,7 +192,8 @@ def save(
     projections: Projections,
     card: ExplainerCard,
     folder: str,
-    weights: Iterable[tuple[str, Tensor]] | None = None,
+    weights: Iterable[tuple[str, Tensor]] | None,
+    readme: str | None,
 ) -> None:
     """Write every file of an explainer's folder, the card last.
 
@@ -212,6 +214,8 @@ def save(
         tokenizer.save_pretrained(path)
         state = {name: tensor.contiguous() for name, tensor in projections.state_dict().items()}
         save_file(state, path / PROJECTIONS_FILE)
+        if readme is not None:
+            (path / README_FILE).write_text(readme, encoding="utf-8")
         write_card(path, card)
 
 

@@ -20,10 +20,11 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from introspect_ray.config import ExplainerConfig, LoraConfig
 from introspect_ray.errors import UserError
-from introspect_ray.explainer import files
+from introspect_ray.explainer import files, published
 from introspect_ray.explainer.card import ExplainerCard, TargetInfo
 from introspect_ray.explainer.encoding import Encoded, Encoder
 from introspect_ray.explainer.forward import Collated, collate, logits_at, scaled, soft_tokens
+from introspect_ray.explainer.merging import merged
 from introspect_ray.explainer.projections import Projections
 from introspect_ray.explainer.query import Query, Vector
 
@@ -80,20 +81,23 @@ class Explainer(nn.Module):
 
     @classmethod
     def load(cls, folder: str, device: str, dtype: str) -> Explainer:
-        """A saved explainer, full weights or adapter, from a folder or fsspec URL.
+        """A saved explainer, full weights or adapter, from a folder or fsspec URL; also one that P1 published.
 
         Raises:
             UserError: the folder is not a whole explainer, or a file in it cannot be read.
         """
+        if published.is_published(folder):
+            return cls(*published.load_published(folder, device, dtype))
         return cls(*files.load_parts(folder, device, dtype))
 
-    def save(self, folder: str, weights: Iterable[tuple[str, Tensor]] | None = None) -> None:
-        """Hugging Face files (weights or adapter, tokenizer), projections, and `explainer.json` last.
+    def save(self, folder: str, weights: Iterable[tuple[str, Tensor]] | None = None, readme: str | None = None) -> None:
+        """Hugging Face files (weights or adapter, tokenizer), projections, README.md if any, `explainer.json` last.
 
         Args:
             weights: the trained parameters of `model` by name, for a model that does not hold them whole.
+            readme: text of the model card.
         """
-        files.save(self.model, self.tokenizer, self.projections, self.card, folder, weights)
+        files.save(self.model, self.tokenizer, self.projections, self.card, folder, weights, readme)
 
     @property
     def causal(self) -> PreTrainedModel:
@@ -108,6 +112,16 @@ class Explainer(nn.Module):
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """Name -> parameter for all that training changes; tied weights appear once."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def merge_adapter(self) -> None:
+        """Add the adapter to the weights that it adapts, in the dtype that 4-bit ones are computed in.
+
+        What comes is an explainer of full weights that answers alike. One without an adapter stays as it is.
+        """
+        if self.card.weights == "lora":
+            self.model = merged(self.model)
+            base = self.card.base.model_copy(update={"quantization": "none"})
+            self.card = self.card.model_copy(update={"weights": "full", "base": base})
 
     def add_adapter(self, config: LoraConfig, seed: int) -> None:
         """Freeze the language model and put low-rank adapters into it; projections stay trainable.
@@ -180,10 +194,18 @@ class Explainer(nn.Module):
         loss = nn.functional.cross_entropy(logits.float(), collated.loss_targets, reduction="sum")
         return loss, len(collated.loss_targets)
 
-    @torch.no_grad()
     def explain(self, queries: Sequence[Query], batch_size: int) -> list[str]:
         """Greedy answers in the order of the queries; batching changes nothing but speed."""
-        encoded = self.encode(queries, answers=None)
+        return self.answer(self.encode(queries, answers=None), batch_size)
+
+    @torch.no_grad()
+    def answer(self, encoded: Sequence[Encoded], batch_size: int, in_step: bool = False) -> list[str]:
+        """Greedy answers to encoded queries, in their order.
+
+        Args:
+            in_step: the weights are sharded over processes, which all call this with equally many queries; each goes
+                on with its forward passes until all have finished a batch, because each needs all for every one.
+        """
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index].ids))
         answers = [""] * len(encoded)
         settings = GenerationConfig(
@@ -201,6 +223,7 @@ class Explainer(nn.Module):
                     inputs_embeds=inputs.inputs_embeds,
                     attention_mask=inputs.attention_mask,
                     generation_config=settings,
+                    synced_gpus=in_step,
                 )
                 for index, ids in zip(indices, generated.tolist(), strict=True):
                     answers[index] = self.encoder.decode(ids)

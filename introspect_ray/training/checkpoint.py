@@ -21,7 +21,7 @@ import re
 import threading
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import fsspec
@@ -54,6 +54,12 @@ class TrainState:
     """Loss in nats, summed over the answer tokens since the last line of metrics."""
     window_tokens: int = 0
     """Answer tokens since the last line of metrics."""
+    best_step: int = 0
+    """Step of the best evaluation so far, whose checkpoint stays; 0 before the first."""
+    best_scores: dict[str, float | None] = field(default_factory=dict)
+    """What it scored, by metric."""
+    bad_evaluations: int = 0
+    """Evaluations since then."""
 
 
 class CheckpointStore:
@@ -86,8 +92,8 @@ class CheckpointStore:
         return 0
 
     def complete(self, state: TrainState, indices: Sequence[str]) -> None:
-        """Let the checkpoint of `state` count, then remove all but the newest, and later ones that a run has gone back
-        behind because they were damaged."""
+        """Let the checkpoint of `state` count, then remove all but the newest and those that they name as their best,
+        and later ones that a run has gone back behind because they were damaged."""
         place = self.place(state.step)
         digests = {name: hashlib.sha256(place.read(name)).hexdigest() for name in indices}
         vouched = {"format_version": FORMAT_VERSION, "run_key": self.run_key, "indices": digests, **asdict(state)}
@@ -95,8 +101,10 @@ class CheckpointStore:
         steps = self.steps()
         # Not the newest by name but the newest that count: what was interrupted does not push out what is whole.
         whole = [step for step in steps if step <= state.step and self.place(step).size(STATE_FILE) is not None]
+        newest = whole[-self.keep :]
+        best = {self._best_of(step) for step in newest}
         for step in steps:
-            if step < whole[-self.keep :][0] or step > state.step:
+            if (step < newest[0] and step not in best) or step > state.step:
                 self._remove(step)
 
     def open(self, step: int) -> tuple[TrainState, PieceReader]:
@@ -124,6 +132,13 @@ class CheckpointStore:
         if (vouched["format_version"], vouched["run_key"]) != (FORMAT_VERSION, self.run_key):
             raise ValueError("it belongs to another run or version")
         return vouched
+
+    def _best_of(self, step: int) -> int:
+        """The step that one checkpoint calls its best; 0 if it has none yet, or does not count."""
+        try:
+            return int(self._vouched(step)["best_step"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
 
     def _remove(self, step: int) -> None:
         self.place(step).remove(STATE_FILE)  # First, so that a half removed checkpoint does not count.

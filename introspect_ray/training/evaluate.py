@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice, zip_longest
+from functools import partial
 
 from introspect_ray.config import ActorConfig, EvaluateConfig, EvaluationRun, resolved
 from introspect_ray.data.cluster import connect
@@ -22,6 +22,7 @@ from introspect_ray.errors import UserError
 from introspect_ray.evaluation.evaluate import Keep, TaskEvaluation, applicable, evaluate_task
 from introspect_ray.evaluation.intervals import Bootstrap
 from introspect_ray.evaluation.report import Report, TaskReport, build_task_report, render_report
+from introspect_ray.evaluation.sampling import spread
 from introspect_ray.evaluation.scores import format_table, scores_json
 from introspect_ray.explainer.card import ExplainerCard, local_copy, read_card
 from introspect_ray.tasks.base import Record, Task, stable_id
@@ -64,24 +65,29 @@ def evaluate_explainer(config: EvaluateConfig, progress: Progress) -> Evaluation
 
     Raises UserError, before a model loads, for runs that do not fit together or an output folder of another config.
     """
-    jobs = [_check(run) for run in config.runs]
-    names = [job.task.name for job in jobs]
-    if len(set(names)) < len(names):
-        raise UserError(f"runs name datasets of the tasks {', '.join(names)}: expected every task once")
+    all_jobs = [_check(run) for run in config.runs]
+    contests = _contests(all_jobs)
+    jobs = [contest[0] for contest in contests]
     tests = [spread(job.dataset.records("test"), config.max_examples) for job in jobs]
     folder = Folder(config.output)
-    _claim(folder, config, jobs)
+    _claim(folder, config, all_jobs)
     tally = _Tally(
-        sum(len(test) * _num_texts(job.task, config) for job, test in zip(jobs, tests, strict=True)), progress
+        sum(
+            len(test) * (_num_texts(contest[0].task, config) + len(contest) - 1)
+            for contest, test in zip(contests, tests, strict=True)
+        ),
+        progress,
     )
     with connect():
         check_resources(config.actors)
-        evaluated = [_evaluate(job, test, config, folder, tally) for job, test in zip(jobs, tests, strict=True)]
+        evaluated = [
+            _evaluate(contest, test, config, folder, tally) for contest, test in zip(contests, tests, strict=True)
+        ]
     evaluations = [evaluation for evaluation, _ in evaluated]
     report = Report(
         title="Can the model explain its own computations?",
         created=jobs[0].dataset.manifest.target.path,
-        summary=_summary(config, jobs, evaluations),
+        summary=_summary(config, contests, evaluations),
         tasks=[task_report for _, task_report in evaluated],
     )
     folder.write(REPORT_NAME, render_report(report).encode())
@@ -89,6 +95,20 @@ def evaluate_explainer(config: EvaluateConfig, progress: Progress) -> Evaluation
     return EvaluationSummary(
         format_table(evaluations), f"{config.output}/{SCORES_NAME}", f"{config.output}/{REPORT_NAME}"
     )
+
+
+def _contests(jobs: Sequence[_Job]) -> list[list[_Job]]:
+    """The jobs of each dataset, in order; of every task there may be one dataset."""
+    contests: dict[str, list[_Job]] = {}
+    for job in jobs:
+        contests.setdefault(job.run.dataset, []).append(job)
+    names = [contest[0].task.name for contest in contests.values()]
+    if len(set(names)) < len(names):
+        raise UserError(
+            f"runs name datasets of the tasks {', '.join(names)}: expected one dataset of every task,"
+            " which may have several explainers"
+        )
+    return list(contests.values())
 
 
 def _check(run: EvaluationRun) -> _Job:
@@ -111,7 +131,7 @@ def _claim(folder: Folder, config: EvaluateConfig, jobs: Sequence[_Job]) -> None
     try:
         found = json.loads(folder.read(CONFIG_NAME))
     except FileNotFoundError:
-        content = {"key": key, "config": resolved(config)}
+        content = {"key": key, "config": resolved(config), "tasks": [job.task.name for job in jobs]}
         folder.write(CONFIG_NAME, (json.dumps(content, indent=1) + "\n").encode())
         return
     except ValueError:
@@ -146,9 +166,19 @@ def _num_texts(task: Task, config: EvaluateConfig) -> int:
 
 
 def _evaluate(
-    job: _Job, test: Sequence[Record], config: EvaluateConfig, folder: Folder, tally: _Tally
+    contest: Sequence[_Job], test: Sequence[Record], config: EvaluateConfig, folder: Folder, tally: _Tally
 ) -> tuple[TaskEvaluation, TaskReport]:
+    """One dataset: further explainers first, one pool of actors after the other, because pools share the machines."""
+    job, *others = contest
     name = job.task.name
+    keep = _keeper(folder, name, len(test), tally)
+    queries = [job.task.render(record).query for record in test] if others else []
+
+    def answers(other: _Job) -> list[str]:
+        pool = AnswerPool(other.run.explainer, config.actors, config.batch_size, lambda count: tally.add(count, name))
+        return pool.answer("trained", queries)
+
+    texts = {str(other.run.name): keep(str(other.run.name), partial(answers, other)) for other in others}
     pool = AnswerPool(job.run.explainer, config.actors, config.batch_size, lambda count: tally.add(count, name))
     evaluation = evaluate_task(
         job.task,
@@ -159,26 +189,12 @@ def _evaluate(
         methods=config.methods,
         scales=config.scales,
         bootstrap=Bootstrap(samples=config.bootstrap_samples, confidence=config.confidence, seed=config.seed),
-        keep=_keeper(folder, name, len(test), tally),
+        keep=keep,
+        name=job.run.name,
+        others=texts,
     )
     curve = [(line["step"], line["loss"]) for line in read_metrics(Folder(job.run.explainer))]
     return evaluation, build_task_report(job.task, test, evaluation, curve, config.num_browsable)
-
-
-def spread(records: Sequence[Record], limit: int | None) -> list[Record]:
-    """At most `limit` records, in their order: the same number of every group where it has so many, by stable draw.
-
-    Groups are the independent units: a few records of each say more than all records of a few.
-    """
-    if limit is None or len(records) <= limit:
-        return list(records)
-    groups: dict[str, list[Record]] = {}
-    for record in sorted(records, key=lambda record: stable_id("spread", record["record_id"])):
-        groups.setdefault(record["group"], []).append(record)
-    turns = zip_longest(*(groups[name] for name in sorted(groups, key=stable_id)))
-    drawn = (record["record_id"] for turn in turns for record in turn if record is not None)
-    chosen = set(islice(drawn, limit))
-    return [record for record in records if record["record_id"] in chosen]
 
 
 def _keeper(folder: Folder, task: str, num_records: int, tally: _Tally) -> Keep:
@@ -205,12 +221,13 @@ def _read_texts(folder: Folder, path: str) -> list[str] | None:
 
 
 def _summary(
-    config: EvaluateConfig, jobs: Sequence[_Job], evaluations: Sequence[TaskEvaluation]
+    config: EvaluateConfig, contests: Sequence[Sequence[_Job]], evaluations: Sequence[TaskEvaluation]
 ) -> list[tuple[str, str]]:
+    jobs = [contest[0] for contest in contests]
     target = jobs[0].dataset.manifest.target
     facts = [
         ("Target", f"{target.path}, {target.num_layers} layers of width {target.width}"),
-        ("Explainers start from", ", ".join(sorted({job.card.base.path for job in jobs}))),
+        ("Explainers start from", ", ".join(sorted({job.card.base.path for contest in contests for job in contest}))),
         ("Seed", str(config.seed)),
     ]
     for job, evaluation in zip(jobs, evaluations, strict=True):

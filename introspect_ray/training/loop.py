@@ -1,7 +1,9 @@
 """What each Ray Train worker runs: build, resume, step, checkpoint, export.
 
-    all workers   build explainer and examples -> agree on the newest whole checkpoint -> steps, checkpoints
-    rank 0        metrics.jsonl, and at the end the explainer itself, sharded weights gathered one by one
+    all workers   build explainer and examples -> agree on the newest whole checkpoint
+                  -> steps, evaluations, checkpoints
+    rank 0        metrics, and at the end the explainer itself, as it was at its best evaluation if there were any,
+                  sharded weights gathered one by one
 
 Checkpoints are ours, not Ray's, so that resuming is one path whatever died (a worker, the driver, the cluster).
 `ray.train.report`, a barrier that costs up to a controller poll, is not called: what came of a run is in its folder.
@@ -10,7 +12,7 @@ Checkpoints are ours, not Ray's, so that resuming is one path whatever died (a w
 from __future__ import annotations
 
 import logging
-import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,11 +23,14 @@ from introspect_ray.explainer.model import Explainer
 from introspect_ray.training.checkpoint import Checkpoints, CheckpointStore, Tell, TrainState
 from introspect_ray.training.compiling import compile_layers
 from introspect_ray.training.examples import Examples, load_examples, scratch_folder
-from introspect_ray.training.metrics import MetricsLog
+from introspect_ray.training.loggers import Loggers
+from introspect_ray.training.model_card import readme
 from introspect_ray.training.run import TrainingRun
 from introspect_ray.training.schedule import learning_rate, make_optimizer
 from introspect_ray.training.sharding import checkpoint_activations, streamed_explainer, whole_parameters
+from introspect_ray.training.speed import Speed
 from introspect_ray.training.step import Stepper, StepResult
+from introspect_ray.training.validation import Evaluator, HeldOut, load_held_out
 from introspect_ray.training.workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -61,24 +66,27 @@ def fit(run: TrainingRun, workers: Workers, tell: Tell = logger.warning) -> dict
         UserError: a record does not fit the explainer, or a model does not load.
         RunFailed: loss or gradient became NaN or infinite, or another worker could not start.
     """
-    explainer, examples = _build_together(run, workers)
+    explainer, examples, held_out = _build_together(run, workers)
     stepper = Stepper(explainer, examples, run.config, workers)
+    evaluator = Evaluator(explainer, held_out, run.config, workers)
     optimizer = make_optimizer(stepper.trainable.own.values(), run.config.optimization)
     store = CheckpointStore(run.checkpoints, run.run_key, run.config.trainer.keep_checkpoints)
     checkpoints = Checkpoints(store, stepper.trainable, optimizer, tell)
     state = checkpoints.restore()
     if state.step > 0 and workers.rank == 0:
         tell(f"goes on from the checkpoint of step {state.step} with {workers.size} worker(s)")
-    log = MetricsLog(run.folder, state.step) if workers.rank == 0 else None
     try:
-        results = _steps(stepper, optimizer, state, checkpoints, log)
+        with Loggers(run, state.step) if workers.rank == 0 else nullcontext() as log:
+            results = _steps(stepper, evaluator, optimizer, state, checkpoints, log)
     except RunFailed:
         examples.remove()
         raise
+    if state.best_step:
+        results |= _back_to_best(state, checkpoints, run.config.optimization.steps, tell)
     weights = whole_parameters(explainer) if stepper.trainable.is_sharded else None
     if workers.rank == 0:
         run.record(results)
-        explainer.save(run.config.output, weights)
+        explainer.save(run.config.output, weights, readme(explainer.card, run.account(results)))
         store.clear()
     else:
         for _ in weights or ():
@@ -87,11 +95,26 @@ def fit(run: TrainingRun, workers: Workers, tell: Tell = logger.warning) -> dict
     return results
 
 
-def _build_together(run: TrainingRun, workers: Workers) -> tuple[Explainer, Examples]:
-    """`build` on every worker. If it fails on one, all fail here and none is left waiting for a message."""
+def _back_to_best(state: TrainState, checkpoints: Checkpoints, steps: int, tell: Tell) -> dict[str, Any]:
+    """Take the weights of the best evaluation, and say which they are."""
+    results = {"best_step": state.best_step, "best": state.best_scores, "stopped_early": state.step < steps}
+    exported = state.step
+    if state.best_step < state.step:
+        exported = checkpoints.restore(state.best_step).step
+        if exported == 0:
+            tell(
+                f"the checkpoint of step {state.best_step}, the best, could not be written: step {state.step} is exported"
+            )
+            exported = state.step
+    return {"exported_step": exported, **results}
+
+
+def _build_together(run: TrainingRun, workers: Workers) -> tuple[Explainer, Examples, list[HeldOut]]:
+    """`build` on every worker, and what evaluations answer. If that fails on one, all fail here and none waits."""
     error: UserError | None = None
     try:
         explainer, examples = build(run)
+        held_out = load_held_out(explainer, run.config)
     except UserError as found:
         error = found
     device = torch.device("cpu") if error or workers.size == 1 else explainer.device
@@ -100,7 +123,7 @@ def _build_together(run: TrainingRun, workers: Workers) -> tuple[Explainer, Exam
         raise error
     if not everyone:
         raise RunFailed("another worker could not load the explainer or its examples")
-    return explainer, examples
+    return explainer, examples, held_out
 
 
 def build(run: TrainingRun) -> tuple[Explainer, Examples]:
@@ -133,26 +156,37 @@ def _placed(config: TrainConfig) -> ExplainerConfig:
 
 
 def _steps(
-    stepper: Stepper, optimizer: torch.optim.AdamW, state: TrainState, checkpoints: Checkpoints, log: MetricsLog | None
+    stepper: Stepper,
+    evaluator: Evaluator,
+    optimizer: torch.optim.AdamW,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    log: Loggers | None,
 ) -> dict[str, Any]:
     """All steps that are left; returns the last line of metrics, rounding differences and timings apart the same for
     any history of interruptions."""
     config = stepper.config
     steps = config.optimization.steps
-    started, tokens_before = time.monotonic(), state.tokens
+    speed = Speed(stepper.explainer, stepper.workers.size)
+    speed.start(state.tokens)
     last: dict[str, Any] = {}
     for number in range(state.step, steps):
         result = stepper.step(number, optimizer)
         _add(state, result)
-        if state.step % config.trainer.log_every == 0 or state.step == steps:
-            speed = (state.tokens - tokens_before) / (time.monotonic() - started)
-            last = _metrics(state, result, config, speed)
-            started, tokens_before = time.monotonic(), state.tokens
+        if state.step % config.trainer.log_every == 0 or state.step == steps or evaluator.is_due(state.step):
+            last = _metrics(state, result, config) | speed.metrics(state.tokens)
+            if evaluator.is_due(state.step):
+                last |= evaluator.evaluate(state)
+            speed.start(state.tokens)
             if log is not None:
                 log.append(last)
-        if state.step % config.trainer.checkpoint_every == 0 and state.step < steps:
+        is_last = evaluator.is_over(state) or state.step == steps
+        # The best step's checkpoint is what is exported in the end.
+        if not is_last and (state.step % config.trainer.checkpoint_every == 0 or state.step == state.best_step):
             checkpoints.start(state)
-        checkpoints.settle(wait=state.step == steps)
+        checkpoints.settle(wait=is_last)
+        if is_last:
+            break
     return last
 
 
@@ -163,14 +197,13 @@ def _add(state: TrainState, result: StepResult) -> None:
     state.window_tokens += result.loss_tokens
 
 
-def _metrics(state: TrainState, result: StepResult, config: TrainConfig, speed: float) -> dict[str, Any]:
+def _metrics(state: TrainState, result: StepResult, config: TrainConfig) -> dict[str, Any]:
     """One line of metrics; the loss is the token mean since the line before, which starts anew."""
     metrics = {
         "step": state.step,
         "loss": state.window_loss / state.window_tokens,
         "lr": learning_rate(state.step - 1, config.optimization),
         "tokens": state.tokens,
-        "tokens_per_second": round(speed, 1),
         "grad_norm": result.grad_norm,
     }
     state.window_loss, state.window_tokens = 0.0, 0

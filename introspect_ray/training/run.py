@@ -6,14 +6,24 @@ Output folder:  training.json (first; again with results)  metrics.jsonl  checkp
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from introspect_ray.config import ExplainerConfig, LoraConfig, TrainConfig, TrainerConfig, differences, resolved
+from introspect_ray.config import (
+    EvaluationDuringConfig,
+    ExplainerConfig,
+    LoggingConfig,
+    LoraConfig,
+    TrainConfig,
+    TrainerConfig,
+    differences,
+    resolved,
+)
 from introspect_ray.data.dataset import Dataset, open_dataset
 from introspect_ray.data.identity import identify_target
 from introspect_ray.data.manifest import TargetIdentity
@@ -24,10 +34,28 @@ from introspect_ray.explainer.files import check_modules
 from introspect_ray.explainer.fitted import read_alignment, read_maps
 from introspect_ray.explainer.projections import resolve_kind
 from introspect_ray.tasks.base import stable_id
+from introspect_ray.training.validation import check_evaluation
 
 TRAINING_FILE = "training.json"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS_FOLDER = "checkpoints"
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """What training.json says of a dataset, so that its name may change and it is still known."""
+
+    url: str
+    task: str
+    run_key: str
+    num_train: int
+    num_validation: int
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> DatasetFacts:
+        manifest = dataset.manifest
+        train, validation = (manifest.selected.get(split, 0) for split in ("train", "validation"))
+        return cls(dataset.folder.url, manifest.task, manifest.run_key, train, validation)
 
 
 @dataclass(frozen=True)
@@ -38,7 +66,11 @@ class TrainingRun:
     target: TargetInfo
     run_key: str
     """Equal for equal datasets, starting weights and every setting that can change the result."""
-    num_examples: int
+    datasets: tuple[DatasetFacts, ...]
+
+    @property
+    def num_examples(self) -> int:
+        return sum(dataset.num_train for dataset in self.datasets)
 
     @property
     def folder(self) -> Folder:
@@ -54,8 +86,16 @@ class TrainingRun:
 
     def record(self, results: dict[str, Any]) -> None:
         """Write training.json: the run's identity, its resolved config, and what came of it so far."""
-        content = {"run_key": self.run_key, "config": resolved(self.config), "results": results}
-        self.folder.write(TRAINING_FILE, (json.dumps(content, indent=2) + "\n").encode())
+        self.folder.write(TRAINING_FILE, (json.dumps(self.account(results), indent=2) + "\n").encode())
+
+    def account(self, results: dict[str, Any]) -> dict[str, Any]:
+        """The contents of training.json."""
+        return {
+            "run_key": self.run_key,
+            "config": resolved(self.config),
+            "datasets": [asdict(dataset) for dataset in self.datasets],
+            "results": results,
+        }
 
     def results(self) -> dict[str, Any]:
         """What training.json says came of the run: its last line of metrics, or its `failure`."""
@@ -66,7 +106,7 @@ class TrainingRun:
             "config": resolved(self.config),
             "target": self.target.model_dump(),
             "run_key": self.run_key,
-            "num_examples": self.num_examples,
+            "datasets": [asdict(dataset) for dataset in self.datasets],
         }
 
     @classmethod
@@ -75,7 +115,7 @@ class TrainingRun:
             config=TrainConfig.model_validate(content["config"]),
             target=TargetInfo.model_validate(content["target"]),
             run_key=content["run_key"],
-            num_examples=content["num_examples"],
+            datasets=tuple(DatasetFacts(**dataset) for dataset in content["datasets"]),
         )
 
 
@@ -97,13 +137,15 @@ def prepare(config: TrainConfig) -> TrainingRun:
         if not dataset.manifest.selected.get("train", 0):
             raise UserError(f"dataset {dataset.folder.url} has no records in its train split, expected at least one")
         dataset.check_shards()
+    check_evaluation(config.evaluation, datasets)
+    _check_packages(config.logging)
     contents = [[shard.digest for shard in dataset.manifest.shards] for dataset in datasets]
     keys = [dataset.manifest.run_key for dataset in datasets]
     run = TrainingRun(
         config=config,
         target=TargetInfo(path=target.path, width=target.width, num_layers=target.num_layers),
         run_key=stable_id(resolved(relevant(config)), keys, contents, base.model_dump(), start),
-        num_examples=sum(dataset.manifest.selected["train"] for dataset in datasets),
+        datasets=tuple(DatasetFacts.of(dataset) for dataset in datasets),
     )
     _check_output(run)
     return run
@@ -116,7 +158,9 @@ def relevant(config: TrainConfig) -> TrainConfig:
     fitted projections are known by their contents, not by where they lie.
     """
     trainer = TrainerConfig(compute_dtype=config.trainer.compute_dtype)
-    reset: dict[str, Any] = {"output": "", "trainer": trainer, "datasets": ()}
+    reset: dict[str, Any] = {"output": "", "trainer": trainer, "datasets": (), "logging": LoggingConfig()}
+    if not config.evaluation.every:
+        reset["evaluation"] = EvaluationDuringConfig()
     if config.method == "full":
         reset["lora"] = LoraConfig()
     if len(config.datasets) == 1:
@@ -136,8 +180,10 @@ def _absolute(config: TrainConfig) -> TrainConfig:
     if Path(model.path).expanduser().is_dir():
         model = model.model_copy(update={"path": absolute(model.path)})
     fitted = config.explainer.fitted_projection
+    uri = config.logging.mlflow_uri
     return config.model_copy(
         update={
+            "logging": config.logging.model_copy(update={"mlflow_uri": uri and absolute(uri)}),
             "datasets": tuple(absolute(url) for url in config.datasets),
             "output": absolute(config.output),
             "explainer": config.explainer.model_copy(
@@ -160,6 +206,17 @@ def _check_method(config: TrainConfig) -> None:
                     f"explainer.model.{field} is {found}, but {asked} places weights itself: expected none"
                     " (method qlora quantizes them)"
                 )
+
+
+def _check_packages(config: LoggingConfig) -> None:
+    """Refuse loggers whose package is not there, before anything starts."""
+    for field, wanted, package in (
+        ("logging.tensorboard", config.tensorboard, "tensorboardX"),
+        ("logging.wandb_project", config.wandb_project is not None, "wandb"),
+        ("logging.mlflow_uri", config.mlflow_uri is not None, "mlflow"),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise UserError(f"{field} is set, but the package {package} is not installed: pip install {package}")
 
 
 def _check_one_target(datasets: list[Dataset]) -> None:

@@ -23,7 +23,7 @@ from introspect_ray.explainer.card import TargetInfo
 from introspect_ray.explainer.model import Explainer
 from introspect_ray.models.paths import resolve_device
 
-FORWARD_METHODS = ("loss", "explain")
+FORWARD_METHODS = ("loss", "answer")
 """Methods of the explainer that run it; all workers must call them equally often, on batches of any size."""
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -25,14 +25,15 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from introspect_ray.config import TrainConfig, TrainerConfig
 from introspect_ray.data.cluster import ADDRESS_VARIABLE, connect, is_verbose
 from introspect_ray.errors import RunFailed, UserError
+from introspect_ray.evaluation.scores import format_value
 from introspect_ray.training.checkpoint import CheckpointStore
 from introspect_ray.training.loop import train_loop
-from introspect_ray.training.metrics import read_metrics
+from introspect_ray.training.metrics import Metrics, read_metrics
 from introspect_ray.training.notices import notices
 from introspect_ray.training.run import TrainingRun, prepare, storage_of
 
-Progress = Callable[[int, int, float], None]
-"""Called with steps done, steps in all, and the newest loss (token mean, nats)."""
+Progress = Callable[[int, int, str], None]
+"""Called with steps done, steps in all, and how it goes (loss, speed, newest evaluation)."""
 NOTES_FOLDER = "ray_train"
 POLL_S = 0.5
 START_TIMEOUT_S = 1800
@@ -53,7 +54,15 @@ class Summary:
         """One line for people."""
         start = f"{self.output} was already complete" if self.was_complete else f"wrote {self.output}"
         steps, loss = self.results["step"], self.results["loss"]
-        return f"{start}: explainer after {steps} steps on {self.num_examples} examples, loss {loss:.4f} nats per token"
+        line = f"{start}: explainer after {steps} steps on {self.num_examples} examples, loss {loss:.4f} nats per token"
+        if "exported_step" in self.results:
+            stopped = ", stopped early" if self.results["stopped_early"] else ""
+            scores = ", ".join(
+                f"{name} {'n/a' if value is None else format_value(value)}"
+                for name, value in self.results["best"].items()
+            )
+            line += f"{stopped}; its weights are of step {self.results['exported_step']}, the best evaluation: {scores}"
+        return line
 
 
 def train_explainer(config: TrainConfig, progress: Progress) -> Summary:
@@ -162,6 +171,19 @@ def _least_workers(trainer: TrainerConfig) -> int:
     return trainer.num_workers if trainer.min_workers is None else trainer.min_workers
 
 
+def _note(lines: Sequence[Metrics], metric: str) -> str:
+    """The newest line of metrics for people: loss, speed, and the last evaluation beside the best."""
+    newest = lines[-1]
+    parts = [f"loss {newest['loss']:.3f}", f"{newest['tokens_per_second']:,.0f} tokens/s"]
+    if "share_of_peak" in newest:
+        parts.append(f"{newest['share_of_peak']:.0%} of peak")
+    evaluated = [line["validation"][metric] for line in lines if "validation" in line]
+    found = [value for value in evaluated if value is not None]
+    if found:
+        parts.append(f"{metric} {found[-1]:.3f} (best {max(found):.3f})")
+    return ", ".join(parts)
+
+
 @contextmanager
 def _watched(run: TrainingRun, progress: Progress) -> Iterator[None]:
     """Calls `progress` from a thread whenever metrics.jsonl has grown, and once more at the end."""
@@ -176,7 +198,7 @@ def _watched(run: TrainingRun, progress: Progress) -> Iterator[None]:
             return  # storage that is away for a while is the workers' to tell
         if metrics and metrics[-1]["step"] != shown:
             shown = metrics[-1]["step"]
-            progress(shown, run.config.optimization.steps, metrics[-1]["loss"])
+            progress(shown, run.config.optimization.steps, _note(metrics, run.config.evaluation.metric))
 
     def watch() -> None:
         while not stop.wait(POLL_S):

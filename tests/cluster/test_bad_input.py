@@ -107,6 +107,7 @@ def cases(folder):
     prepared = prepare(GenerateConfig.model_validate(common), get_task("activation_patching"))
     begin(prepared, prepared.orders)
     whole = str(write_dataset(folder / "whole", splits=("train", "test")))
+    held_out = str(write_dataset(folder / "held out", splits=("train", "validation")))
     torn, nan = write_dataset(folder / "torn"), write_dataset(folder / "nan", splits=("train", "test"))
     shard = "shards/shard-00000.parquet"
     size = cut(torn / shard)
@@ -177,6 +178,24 @@ def cases(folder):
             *train("--datasets", str(nan), "--output", str(folder / "from nan")),
             (f"{nan / shard}, row {nan_row}: column 'vector' holds a NaN", "expected finite numbers"),
         ),
+        "evaluation without validation records": (
+            *train("--datasets", whole, "--evaluation.every", "5"),
+            ("evaluation.every is 5", f"dataset {whole} has no records in its validation split"),
+        ),
+        "metric of no dataset": (
+            *train("--datasets", held_out, "--evaluation.every", "5", "--evaluation.metric", "accuracy"),
+            ("evaluation.metric is 'accuracy'", "expected one of exact_match, has_changed_f1"),
+        ),
+        "explainers without names": (
+            "evaluate_explainer",
+            ["--runs", json.dumps([{"dataset": whole, "explainer": explainer}] * 2)],
+            (f"dataset {whole} has several explainers: name each after the first",),
+        ),
+        "export of no explainer": (
+            "export_explainer",
+            ["--explainer", whole, "--output", str(folder / "new")],
+            (f"{whole} is not a finished explainer: it has no explainer.json",),
+        ),
         "empty source": (
             *generate("--source.path", str(folder / "empty.jsonl")),
             (f"source {folder / 'empty.jsonl'} is empty, expected at least one row",),
@@ -193,6 +212,8 @@ NAMES = (
     *("model path of an explainer", "output of another config", "output that is something else", "truncated shard"),
     *("truncated shard of an evaluation", "width without projection", "NaN in a vector"),
     *("NaN in a vector to train on", "empty source", "source row without a field"),
+    *("evaluation without validation records", "metric of no dataset", "explainers without names"),
+    "export of no explainer",
 )
 AS_A_USER = ("unknown task", "truncated shard")
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_helpers import train_config
+from training_helpers import train_config, write_dataset
 
 from introspect_ray.cli import as_yaml
 from introspect_ray.config import TrainConfig
@@ -60,7 +61,9 @@ def test_one_worker_trains_and_is_not_trained_again(one_worker, folder):
     assert summary.line == f"wrote {folder / 'one'}: explainer after 40 steps on 24 examples, " + (
         f"loss {summary.results['loss']:.4f} nats per token"
     )
-    assert seen[-1] == (40, 40, summary.results["loss"])
+    done, steps, note = seen[-1]
+    assert (done, steps) == (40, 40)
+    assert re.fullmatch(rf"loss {summary.results['loss']:.3f}, [\d,]+ tokens/s", note)
     assert not (folder / "one" / "ray_train").exists()
     assert not (folder / "one" / "checkpoints").exists()
     before = (folder / "one" / "model.safetensors").stat().st_mtime_ns
@@ -78,6 +81,24 @@ def test_two_workers_equal_one(one_worker, folder):
     assert max((one[name] - start[name]).abs().max() for name in one) > 1e-2
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, **SAME)
+
+
+@pytest.mark.usefixtures("one_worker")
+def test_two_workers_share_evaluations_and_stop_alike(folder):
+    """Patience runs out on a model that never answers in the right form, so the first evaluation stays the best."""
+    write_dataset(folder / "held out", count=36, splits=("train", "train", "validation"))
+    summaries = []
+    for size in (1, 2):
+        settings = {"trainer__num_workers": size, "evaluation__every": 3, "evaluation__patience": 2}
+        config = config_of(folder, f"evaluated by {size}", datasets=[str(folder / "held out")], **settings)
+        summaries.append(train_explainer(config, lambda *_: None))
+    one, two = (summary.results for summary in summaries)
+    assert (one["step"], one["exported_step"], one["stopped_early"]) == (9, 3, True)
+    assert [two[name] for name in ("step", "exported_step", "best")] == [9, 3, one["best"]]
+    assert "stopped early; its weights are of step 3, the best evaluation: exact_match 0.00" in summaries[1].line
+    first, second = weights(folder / "evaluated by 1"), weights(folder / "evaluated by 2")
+    for name, weight in first.items():
+        torch.testing.assert_close(second[name], weight, **SAME)
 
 
 @pytest.mark.usefixtures("one_worker")

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 from evaluation_helpers import ColourTask, TextTask, record
+from pydantic import ValidationError
 
-from introspect_ray.config import Method
+from introspect_ray.config import EvaluateConfig, Method
 from introspect_ray.errors import UserError
 from introspect_ray.evaluation.evaluate import TaskEvaluation, breakdown, column_label, cross_breakdown, evaluate_task
 from introspect_ray.evaluation.intervals import Bootstrap
+from introspect_ray.evaluation.report import Report, build_task_report, render_report
+from introspect_ray.evaluation.scores import format_table, scores_json
 from introspect_ray.explainer.query import Query
 
 COLOURS = ("red", "green", "blue")
@@ -181,3 +186,37 @@ def test_numbers_sort_as_numbers() -> None:
 )
 def test_column_labels(value: object, label: str) -> None:
     assert column_label(value) == label
+
+
+def test_further_explainers_stand_beside_the_first_and_change_nothing_else() -> None:
+    alone = evaluate(ColourTask())
+    blind, right = ["It is red"] * 12, [f"It is {test['colour']}" for test in TEST]
+    together = evaluate(ColourTask(), name="self", others={"B random": blind, "B fitted": right})
+    assert list(together.intervals)[:3] == ["explainer", "B random", "B fitted"]
+    assert {name: together.intervals[name] for name in alone.intervals} == alone.intervals
+    assert together.intervals["B random"]["description_match"].value == pytest.approx(1 / 3)
+    assert together.ahead["B random"].value == pytest.approx(2 / 3) and together.ahead["B fitted"].value == 0
+    scores = json.loads(scores_json([together]))["feature_description"]
+    assert list(scores)[:3] == ["self", "B random", "B fitted"] and "explainer" not in scores
+    assert [line.split("  ")[1].strip() for line in format_table([together]).splitlines()[2:5]] == list(scores)[:3]
+    report = build_task_report(ColourTask(), TEST, together, [], 3)
+    assert [answer.method for answer in report.examples[0].answers][:3] == ["explainer", "B random", "B fitted"]
+    page = render_report(Report("t", "c", [], [report]))
+    assert '<th scope="row">self</th>' in page and '<th scope="row">B random</th>' in page
+    assert '["B fitted", "It is' in page and "Trained explainer" not in page
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ((None, None), "dataset d has several explainers: name each after the first"),
+        (("a", "a"), "dataset d has two explainers with the name 'a'"),
+        (("a", "majority"), "name 'majority' is that of a method"),
+        (("a", "../b"), "string should match pattern"),
+        ((), "runs is empty"),
+    ],
+)
+def test_explainers_must_be_told_apart(names: tuple[str | None, ...], message: str) -> None:
+    runs = [{"dataset": "d", "explainer": f"e{place}", "name": name} for place, name in enumerate(names)]
+    with pytest.raises(ValidationError, match=re.compile(message, re.IGNORECASE)):
+        EvaluateConfig.model_validate({"runs": runs})

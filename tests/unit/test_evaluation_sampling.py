@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from introspect_ray.training.evaluate import spread
+from introspect_ray.evaluation.sampling import spread
 
 
 def records(sizes: dict[str, int]) -> list[dict[str, str]]:

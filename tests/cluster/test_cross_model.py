@@ -1,0 +1,63 @@
+"""One model explains another, from chance and from fitted maps; scores and report show both beside self-explanation."""
+
+import json
+
+import pytest
+
+from introspect_ray.config import (
+    EvaluateConfig,
+    FitProjectionConfig,
+    GenerateConfig,
+    SourceConfig,
+    TrainConfig,
+)
+from introspect_ray.data.cluster import connect
+from introspect_ray.data.generate import generate_dataset
+from introspect_ray.explainer.card import read_card
+from introspect_ray.training.evaluate import evaluate_explainer
+from introspect_ray.training.projection import fit_projection
+from introspect_ray.training.train import train_explainer
+
+pytestmark = pytest.mark.timeout(900)
+
+
+def test_scores_and_report_show_self_random_and_fitted(tmp_path):
+    dataset, fitted = str(tmp_path / "features"), str(tmp_path / "maps")
+    starts = {
+        "self": {"model": {"path": "pocket:target_a"}},
+        "B random": {"model": {"path": "pocket:target_b"}},
+        "B fitted": {"model": {"path": "pocket:target_b"}, "fitted_projection": fitted},
+    }
+    fit = FitProjectionConfig(output=fitted, explainer={"path": "pocket:target_b"}, source=SourceConfig(limit=40))
+    fit_projection(fit, lambda *_: None)
+    with connect():
+        generate_dataset(GenerateConfig(task="feature_description", output=dataset), lambda _: None)
+        for name, start in starts.items():
+            tree = {
+                "datasets": [dataset],
+                "output": str(tmp_path / name),
+                "explainer": {**start, "max_new_tokens": 8},
+                "optimization": {"steps": 3, "batch_size": 8},
+            }
+            train_explainer(TrainConfig.model_validate(tree), lambda *_: None)
+        evaluation = EvaluateConfig.model_validate(
+            {
+                "runs": [{"dataset": dataset, "explainer": str(tmp_path / name), "name": name} for name in starts],
+                "output": str(tmp_path / "scores"),
+                "methods": ["explainer", "majority"],
+                "max_examples": 10,
+                "bootstrap_samples": 100,
+            }
+        )
+        calls = []
+        summary = evaluate_explainer(evaluation, lambda *progress: calls.append(progress))
+    assert calls[-1] == (40, 40, "feature_description")
+    scores = json.loads((tmp_path / "scores" / "scores.json").read_text())
+    assert list(scores) == ["feature_description"]
+    assert list(scores["feature_description"]) == [*starts, "majority"]
+    assert {method["exact_match"]["n"] for method in scores["feature_description"].values()} == {10}
+    page = (tmp_path / "scores" / "report.html").read_text()
+    assert all(f'<th scope="row">{name}</th>' in page for name in starts)
+    assert all(f"\n  {name} " in summary.table for name in starts)
+    assert [read_card(str(tmp_path / name)).projection for name in starts] == ["none", "linear", "linear"]
+    assert (tmp_path / "scores" / "answers" / "feature_description" / "B fitted.json").is_file()
