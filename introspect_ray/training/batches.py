@@ -7,9 +7,15 @@ the sum over all answer tokens of the step divided by their number.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
+
+
+def num_steps(epochs: float, num_examples: int, batch_size: int) -> int:
+    """Optimizer steps that go through all examples so often."""
+    return max(1, math.ceil(epochs * num_examples / batch_size))
 
 
 def step_indices(step: int, batch_size: int, num_examples: int, seed: int) -> list[int]:

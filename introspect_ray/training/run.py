@@ -13,7 +13,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from introspect_ray.config import ExplainerConfig, LoraConfig, TrainConfig, TrainerConfig, differences, resolved
+from introspect_ray.config import (
+    ExplainerConfig,
+    LoraConfig,
+    PlanConfig,
+    TrainConfig,
+    TrainerConfig,
+    differences,
+    resolved,
+)
 from introspect_ray.data.dataset import Dataset, open_dataset
 from introspect_ray.data.identity import identify_target
 from introspect_ray.data.manifest import TargetIdentity
@@ -23,6 +31,7 @@ from introspect_ray.explainer.card import CARD_FILE, TargetInfo, is_remote
 from introspect_ray.explainer.fitted import read_alignment, read_maps
 from introspect_ray.explainer.projections import resolve_kind
 from introspect_ray.tasks.base import stable_id
+from introspect_ray.training.batches import num_steps
 
 TRAINING_FILE = "training.json"
 METRICS_FILE = "metrics.jsonl"
@@ -93,16 +102,27 @@ def prepare(config: TrainConfig) -> TrainingRun:
         if not dataset.manifest.selected.get("train", 0):
             raise UserError(f"dataset {dataset.folder.url} has no records in its train split, expected at least one")
         dataset.check_shards()
+    num_examples = sum(dataset.manifest.selected["train"] for dataset in datasets)
+    config = _with_steps(config, num_examples)
     contents = [[shard.digest for shard in dataset.manifest.shards] for dataset in datasets]
     keys = [dataset.manifest.run_key for dataset in datasets]
     run = TrainingRun(
         config=config,
         target=TargetInfo(path=target.path, width=target.width, num_layers=target.num_layers),
         run_key=stable_id(resolved(relevant(config)), keys, contents, base.model_dump(), start),
-        num_examples=sum(dataset.manifest.selected["train"] for dataset in datasets),
+        num_examples=num_examples,
     )
     _check_output(run)
     return run
+
+
+def _with_steps(config: TrainConfig, num_examples: int) -> TrainConfig:
+    """Epochs, where they are given, as steps."""
+    settings = config.optimization
+    if settings.epochs is None:
+        return config
+    steps = num_steps(settings.epochs, num_examples, settings.batch_size)
+    return config.model_copy(update={"optimization": settings.model_copy(update={"steps": steps, "epochs": None})})
 
 
 def relevant(config: TrainConfig) -> TrainConfig:
@@ -111,7 +131,7 @@ def relevant(config: TrainConfig) -> TrainConfig:
     Workers and micro-batches stay out: they change a sum's order of rounding and nothing else. Datasets and fitted
     projections are known by their contents, not by where they lie.
     """
-    reset: dict[str, Any] = {"output": "", "trainer": TrainerConfig(), "datasets": ()}
+    reset: dict[str, Any] = {"output": "", "trainer": TrainerConfig(), "plan": PlanConfig(), "datasets": ()}
     if config.method == "full":
         reset["lora"] = LoraConfig()
     model = config.explainer.model.model_copy(update={"device": "auto"})
