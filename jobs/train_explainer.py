@@ -20,7 +20,8 @@ def train(config: TrainConfig) -> str:
 
 def show_plan(config: TrainConfig) -> None:
     """Print the plan. Raises UserError if the run would not fit."""
-    from introspect_ray.training.plan import check_plan, plan_run, table
+    from introspect_ray.training.plan import check_plan, plan_run
+    from introspect_ray.training.plan_table import table
 
     plan = plan_run(config)
     print(table(plan), flush=True)

@@ -13,10 +13,9 @@ from __future__ import annotations
 import copy
 import json
 import weakref
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +62,8 @@ class Arithmetic(NamedTuple):
     adapter_dtype: torch.dtype
     is_checkpointed: bool
     """Whether each decoder layer is computed again in the backward pass."""
+    is_autocast: bool
+    """Whether operations cast to bfloat16 what they compute with, weights included."""
     has_fused_dropout: bool
     """GPUs keep one byte per element that dropout decided on, CPUs a number."""
 
@@ -133,7 +134,8 @@ class LiveBytes(TorchDispatchMode):
 def footprint(shape: PretrainedConfig, arithmetic: Arithmetic, projecting: Projecting, batch: Batch) -> Footprint:
     """Bytes of one micro-batch's forward and backward pass through a model of this shape."""
     less, more = (
-        _traced(type(shape), shape.to_json_string(), arithmetic, projecting, batch, count) for count in TRACED_LAYERS
+        _traced(cast(Any, type(shape)), shape.to_json_string(), arithmetic, projecting, batch, count)
+        for count in TRACED_LAYERS
     )
     each = more.kept - less.kept
     return more._replace(kept=more.kept + (shape.num_hidden_layers - TRACED_LAYERS[1]) * each)
@@ -158,7 +160,7 @@ def _traced(
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     with FakeTensorMode():
         _imagine(model, arithmetic.adapter_dtype)
-        return _trace(model.train(), causal, projecting, batch)
+        return _trace(model.train(), causal, arithmetic.is_autocast, projecting, batch)
 
 
 def skeleton(shape: PretrainedConfig, arithmetic: Arithmetic) -> tuple[nn.Module, Any]:
@@ -197,45 +199,33 @@ def cut_to(shape: PretrainedConfig, num_layers: int) -> PretrainedConfig:
     return shape
 
 
-def _trace(model: nn.Module, causal: Any, projecting: Projecting, batch: Batch) -> Footprint:
+def _trace(model: nn.Module, causal: Any, is_autocast: bool, projecting: Projecting, batch: Batch) -> Footprint:
     """`Explainer.loss` and its backward pass, with the bytes that were alive at each stage."""
     embeddings = causal.get_input_embeddings()
     width = embeddings.weight.shape[1]
-    kind = "linear" if projecting.num_layers else "none"
-    projections = Projections(kind, projecting.num_layers, projecting.target_width, width)
+    projections = Projections(
+        "linear" if projecting.num_layers else "none", projecting.num_layers, projecting.target_width, width
+    )
     parameters = [*model.parameters(), *projections.parameters()]
     for parameter in parameters:
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
     stages: dict[str, int] = {}
-    with LiveBytes([*parameters, *model.buffers()]) as bytes_:
-        ids = torch.zeros(batch.rows, batch.tokens_per_row, dtype=torch.long)
-        embeds = embeddings(ids)
-        if batch.num_vectors:
-            place = torch.zeros(batch.num_vectors, dtype=torch.long)
-            vectors = torch.zeros(batch.num_vectors, projecting.target_width)
-            layers = [tuple(range(projecting.layers_per_vector))] * batch.num_vectors
-            embeds = embeds.index_put((place, place), projections(vectors, layers).to(embeds.dtype))
-        if embeds.requires_grad:
-            embeds.register_hook(lambda _: stages.update(working=bytes_.restart()))
+    with LiveBytes([*parameters, *model.buffers()]) as alive:
 
         def at_head(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            stages.update(kept=bytes_.live, forward=bytes_.restart())
-            args[0].register_hook(lambda _: stages.update(logits=bytes_.restart()))
+            stages.update(kept=alive.live, forward=alive.restart())
+            args[0].register_hook(lambda _: stages.update(logits=alive.restart()))
+
+        def at_inputs(_gradient: Tensor) -> None:
+            stages.update(working=alive.restart())
 
         handle = causal.get_output_embeddings().register_forward_pre_hook(at_head)
-        mask = None
-        if batch.is_packed:
-            mask = torch.ones(batch.rows, 1, batch.tokens_per_row, batch.tokens_per_row, dtype=torch.bool)
-        positions = torch.zeros(batch.num_answer_tokens, dtype=torch.long)
-        places = torch.arange(batch.tokens_per_row).expand_as(ids)
-        logits = logits_at(model, causal, positions, inputs_embeds=embeds, attention_mask=mask, position_ids=places)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+            loss = _loss(model, causal, projections, projecting, batch, at_inputs)
         handle.remove()
-        del embeds
-        loss = nn.functional.cross_entropy(logits.float(), positions, reduction="sum")
-        del logits
-        (loss / max(batch.num_answer_tokens, 1)).backward()
-        stages["inputs" if "working" in stages else "working"] = bytes_.peak
+        loss.backward()
+        stages["inputs" if "working" in stages else "working"] = alive.peak
     kept = stages["kept"]
     return Footprint(
         kept=kept,
@@ -245,22 +235,50 @@ def _trace(model: nn.Module, causal: Any, projecting: Projecting, batch: Batch) 
     )
 
 
+def _loss(
+    model: nn.Module,
+    causal: Any,
+    projections: Projections,
+    projecting: Projecting,
+    batch: Batch,
+    at_inputs: Callable[[Tensor], None],
+) -> Tensor:
+    """`Explainer.loss` of any batch of this shape; `at_inputs` is called with the gradient of the embeddings."""
+    ids = torch.zeros(batch.rows, batch.tokens_per_row, dtype=torch.long)
+    embeds = causal.get_input_embeddings()(ids)
+    if batch.num_vectors:
+        place = torch.zeros(batch.num_vectors, dtype=torch.long)
+        vectors = torch.zeros(batch.num_vectors, projecting.target_width)
+        layers = [tuple(range(projecting.layers_per_vector))] * batch.num_vectors
+        embeds = embeds.index_put((place, place), projections(vectors, layers).to(embeds.dtype))
+    if embeds.requires_grad:
+        embeds.register_hook(at_inputs)
+    mask = None
+    if batch.is_packed:
+        mask = torch.ones(batch.rows, 1, batch.tokens_per_row, batch.tokens_per_row, dtype=torch.bool)
+    positions = torch.zeros(batch.num_answer_tokens, dtype=torch.long)
+    places = torch.arange(batch.tokens_per_row).expand_as(ids)
+    logits = logits_at(model, causal, positions, inputs_embeds=embeds, attention_mask=mask, position_ids=places)
+    loss = nn.functional.cross_entropy(logits.float(), positions, reduction="sum")
+    return loss / max(batch.num_answer_tokens, 1)
+
+
 class _Dropped(torch.autograd.Function):
     """Dropout that keeps a mask of one byte per element, as the kernels of GPUs do."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, values: Tensor) -> Tensor:
         ctx.save_for_backward(torch.empty_like(values, dtype=torch.bool))
         return torch.empty_like(values)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return torch.empty_like(gradient).copy_(ctx.saved_tensors[0])
 
 
 class _FusedDropout(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
-        return _Dropped.apply(values)  # type: ignore[no-any-return]
+        return _Dropped.apply(values)
 
 
 def _fuse_dropout(model: nn.Module) -> None:

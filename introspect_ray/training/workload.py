@@ -19,7 +19,6 @@ from introspect_ray.models.paths import POCKET_PREFIX
 from introspect_ray.models.shapes import model_shape
 from introspect_ray.tasks.base import Example
 from introspect_ray.tasks.registry import get_task
-from introspect_ray.training.batches import micro_batches
 from introspect_ray.training.footprint import Batch
 
 SAMPLE = 512
@@ -183,10 +182,13 @@ def largest_batch(workload: Workload, config: TrainConfig) -> Batch:
         ends = itertools.accumulate(sorted(tokens))
         rows, tokens_per_row, examples = 1, size, max(1, sum(end <= size for end in ends))
     else:
-        groups = micro_batches(range(count), tokens, trainer.micro_batch_tokens)
-        largest = max(groups, key=lambda group: len(group) * max(tokens[index] for index in group))
-        rows, tokens_per_row = len(largest), max(tokens[index] for index in largest)
-        examples = max(map(len, groups))
+        # Examples of similar length share a micro-batch: of each length, as many as there are and as find room.
+        fitting = [
+            (max(1, min(trainer.micro_batch_tokens // longest, count - index)), longest)
+            for index, longest in enumerate(tokens)
+        ]
+        rows, tokens_per_row = max(fitting, key=lambda both: both[0] * both[1])
+        examples = max(together for together, _ in fitting)
     answers = sorted((length.answer for length in mine), reverse=True)
     return Batch(
         rows=rows,
