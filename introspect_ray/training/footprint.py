@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from introspect_ray.config import LoraConfig
 from introspect_ray.explainer.files import with_adapter
@@ -33,6 +34,16 @@ from introspect_ray.explainer.projections import Projections
 from introspect_ray.models.structure import decoder_layers
 
 TRACED_LAYERS = (2, 3)
+UNMASKED = "introspect_ray_unmasked"
+"""Attention of transformers without a mask. It has none for rows of one example, but on tensors without values, where
+it cannot see that no row holds several, it makes one."""
+
+
+def _unmasked(module: nn.Module, *states: Tensor, **settings: Any) -> Any:
+    return sdpa_attention_forward(module, *states, **settings)
+
+
+AttentionInterface.register(UNMASKED, _unmasked)
 
 
 class Batch(NamedTuple):
@@ -42,8 +53,8 @@ class Batch(NamedTuple):
     tokens_per_row: int
     num_answer_tokens: int
     num_vectors: int
-    is_packed: bool
-    """Whether rows hold several examples, which a mask must keep apart."""
+    is_masked: bool
+    """Whether attention takes a mask beyond the causal one: where rows hold several examples, or windows are short."""
 
     @property
     def tokens(self) -> int:
@@ -75,6 +86,10 @@ class Projecting(NamedTuple):
     target_width: int
     layers_per_vector: int
     """Layers whose maps are averaged for one vector."""
+
+    def num_weights(self, width: int) -> int:
+        """Parameters of all maps into an explainer of this width."""
+        return self.num_layers * self.target_width * width
 
 
 class Footprint(NamedTuple):
@@ -152,7 +167,8 @@ def _traced(
 ) -> Footprint:
     """One trace at `num_layers`; the shape comes as JSON, so that equal traces are done once."""
     config = cut_to(shape_class.from_dict(json.loads(shape)), num_layers)
-    model, causal = skeleton(config, arithmetic)
+    is_plain = arithmetic.attention == "sdpa" and not batch.is_masked
+    model, causal = skeleton(config, arithmetic._replace(attention=UNMASKED) if is_plain else arithmetic)
     if arithmetic.has_fused_dropout:
         _fuse_dropout(model)
     if arithmetic.is_checkpointed:
@@ -254,7 +270,7 @@ def _loss(
     if embeds.requires_grad:
         embeds.register_hook(at_inputs)
     mask = None
-    if batch.is_packed:
+    if batch.is_masked:
         mask = torch.ones(batch.rows, 1, batch.tokens_per_row, batch.tokens_per_row, dtype=torch.bool)
     positions = torch.zeros(batch.num_answer_tokens, dtype=torch.long)
     places = torch.arange(batch.tokens_per_row).expand_as(ids)

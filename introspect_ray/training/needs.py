@@ -183,7 +183,7 @@ def _flop_per_step(
     weights = (4 + 2 * is_full + again) * (census.base - census.rest) + (6 + again) * census.adapter
     heads = shape.num_attention_heads
     width = heads * (getattr(shape, "head_dim", None) or shape.hidden_size // heads)
-    context = batch.tokens_per_row if batch.is_packed else workload.mean_tokens / 2
+    context = batch.tokens_per_row if batch.is_masked else workload.mean_tokens / 2
     attention = (12 + 2 * again) * context * width * shape.num_hidden_layers
     head = (4 + 2 * is_full) * census.head * examples * workload.mean_answer
     vectors = 6 * projection / max(workload.target_layers, 1) * examples * workload.has_vectors

@@ -12,12 +12,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from introspect_ray.config import TrainConfig, resolved
 from introspect_ray.errors import UserError
 from introspect_ray.explainer.projections import resolve_kind
 from introspect_ray.models.shapes import model_shape
 from introspect_ray.training.census import Census, arithmetic_of, count
-from introspect_ray.training.footprint import Batch, Projecting, footprint
+from introspect_ray.training.footprint import Batch, Footprint, Projecting, footprint
 from introspect_ray.training.hardware import GPUS
 from introspect_ray.training.needs import GIB, Memory, Pace, host_bytes, memory_of, pace_of
 from introspect_ray.training.workload import Workload, find_workload, largest_batch
@@ -68,16 +70,12 @@ def plan_run(config: TrainConfig, workload: Workload | None = None) -> Plan:
     """
     shape = model_shape(config.explainer.model)
     workload = workload or find_workload(config)
-    is_linear = resolve_kind(config.explainer, workload.target_width, shape.hidden_size) == "linear"
-    projecting = Projecting(
-        workload.target_layers if is_linear else 0, workload.target_width, workload.layers_per_vector
-    )
+    projecting = _projecting(config, shape, workload)
     arithmetic = arithmetic_of(config, shape)
     census = count(shape, arithmetic)
-    projection = projecting.num_layers * projecting.target_width * shape.hidden_size
-    batch = largest_batch(workload, config)
-    is_masked = batch.is_packed and arithmetic.attention == "sdpa"
-    traced = footprint(shape, arithmetic, projecting, batch._replace(is_packed=is_masked))
+    projection = projecting.num_weights(shape.hidden_size)
+    batch = largest_batch(workload, config, getattr(shape, "sliding_window", None))
+    traced = footprint(shape, arithmetic, projecting, batch)
     memory = memory_of(config, shape, census, projection, traced)
     return Plan(
         config=config,
@@ -90,6 +88,20 @@ def plan_run(config: TrainConfig, workload: Workload | None = None) -> Plan:
     )
 
 
+def _projecting(config: TrainConfig, shape: PretrainedConfig, workload: Workload) -> Projecting:
+    is_linear = resolve_kind(config.explainer, workload.target_width, shape.hidden_size) == "linear"
+    num_layers = workload.target_layers if is_linear else 0
+    return Projecting(num_layers, workload.target_width, workload.layers_per_vector)
+
+
+def _fits_between_steps(config: TrainConfig, workload: Workload, usable_bytes: float) -> bool:
+    """Whether a worker holds the run as long as it computes nothing: quick to say, because nothing is traced."""
+    shape = model_shape(config.explainer.model)
+    census = count(shape, arithmetic_of(config, shape))
+    projection = _projecting(config, shape, workload).num_weights(shape.hidden_size)
+    return memory_of(config, shape, census, projection, Footprint(0, 0, 0, 0)).peak <= usable_bytes
+
+
 def check_plan(plan: Plan) -> None:
     """Raise UserError for a plan that does not fit, in one line that says which settings would."""
     if plan.fits:
@@ -98,7 +110,10 @@ def check_plan(plan: Plan) -> None:
     needed, there = plan.memory.peak / GIB, plan.usable_bytes / GIB
     line = f"the plan does not fit: a worker needs {needed:.1f} GiB, of a {plan.config.plan.gpu} {there:.1f} are usable"
     for settings in remedies(plan):
-        other = plan_run(changed(plan.config, settings), plan.workload)
+        config = changed(plan.config, settings)
+        if not _fits_between_steps(config, plan.workload, plan.usable_bytes):
+            continue
+        other = plan_run(config, plan.workload)
         if other.fits:
             words = " and ".join(f"{name} {str(value).lower()}" for name, value in settings.items())
             raise UserError(f"{line}; it would fit with {words} ({other.memory.peak / GIB:.1f} GiB)")

@@ -122,7 +122,7 @@ def _measured(config: TrainConfig, datasets: Sequence[Dataset]) -> Workload:
         if not examples:
             raise UserError(f"dataset {dataset.folder.url} has no records in its train split, expected at least one")
         found = _token_counts(config, examples)
-        count = max(1, round(SAMPLE * share / sum(shares)))
+        count = len(found) if len(datasets) == 1 else max(1, round(SAMPLE * share / sum(shares)))
         drawn += [found[index * len(found) // count] for index in range(count)]
         layers = max([layers, *(len(v.layers) for example in examples for v in example.query.vectors)])
     target = datasets[0].manifest.target
@@ -170,8 +170,12 @@ def _token_counts(config: TrainConfig, examples: Sequence[Example]) -> list[Leng
     return counts
 
 
-def largest_batch(workload: Workload, config: TrainConfig) -> Batch:
-    """The largest micro-batch that a worker can meet: its share of a step, made of the longest examples."""
+def largest_batch(workload: Workload, config: TrainConfig, window: int | None) -> Batch:
+    """The largest micro-batch that a worker can meet: its share of a step, made of the longest examples.
+
+    Args:
+        window: tokens that attention reaches back, where some layers do not reach back to the start.
+    """
     trainer = config.trainer
     count = math.ceil(config.optimization.batch_size / trainer.num_workers)
     by_length = sorted(workload.lengths, reverse=True)
@@ -195,5 +199,7 @@ def largest_batch(workload: Workload, config: TrainConfig) -> Batch:
         tokens_per_row=tokens_per_row,
         num_answer_tokens=sum(answers[:examples]),
         num_vectors=examples if workload.has_vectors else 0,
-        is_packed=trainer.packing,
+        # Flash kernels take the bounds of examples and the window as numbers.
+        is_masked=config.explainer.model.attention != "flash_attention_2"
+        and (trainer.packing or (window is not None and tokens_per_row >= window)),
     )

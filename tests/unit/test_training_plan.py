@@ -19,7 +19,7 @@ from introspect_ray.training.census import arithmetic_of, count
 from introspect_ray.training.hardware import GPUS
 from introspect_ray.training.loop import build
 from introspect_ray.training.needs import GIB
-from introspect_ray.training.plan import changed, check_plan, plan_run, remedies
+from introspect_ray.training.plan import changed, check_plan, plan_run
 from introspect_ray.training.plan_table import table
 from introspect_ray.training.run import prepare
 from introspect_ray.training.schedule import make_optimizer
@@ -44,12 +44,12 @@ def folder(tmp_path_factory):
     )
     LlamaForCausalLM(shape).save_pretrained(path / "base")
     tokenizer().save_pretrained(path / "base")
-    write_dataset(path / "dataset", width=64)
+    write_dataset(path / "dataset", count=10, width=64)
     return path
 
 
 def config_of(folder, method, **changes):
-    options = {"lora__rank": 8, "optimization__batch_size": 24, "trainer__micro_batch_tokens": 800}
+    options = {"lora__rank": 8, "optimization__batch_size": 10, "trainer__micro_batch_tokens": 4000}
     return train_config(folder, method=method, **options | {"trainer__packing": False} | changes)
 
 
@@ -80,24 +80,24 @@ def test_the_peak_is_what_the_allocator_gives_out(folder, method, is_checkpointe
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     peak = max(itertools.accumulate(changes))
-    assert memory.peak - standing == pytest.approx(peak, rel=0.15)
+    assert memory.peak - standing == pytest.approx(peak, rel=0.1)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_arithmetic_is_what_a_step_does(folder, method):
-    config = config_of(folder, method, explainer__model__attention="eager")
+    # One example at a time, because padding is work that the plan leaves out.
+    config = config_of(folder, method, explainer__model__attention="eager", trainer__micro_batch_tokens=1)
     stepper, optimizer = first_step(config)
     with FlopCounterMode(display=False) as counted:
         stepper.step(1, optimizer)
-    # Padding and the half of attention that is masked are done by kernels and are no part of the plan.
-    assert plan_run(config).pace.flop_per_step == pytest.approx(counted.get_total_flops(), rel=0.15)
+    assert plan_run(config).pace.flop_per_step == pytest.approx(counted.get_total_flops(), rel=0.1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parameters_are_those_of_the_real_model(family):
     real = model(family, 300)
     shape = real.config
-    arithmetic = arithmetic_of(TrainConfig(), shape)
+    arithmetic = arithmetic_of(TrainConfig(), shape)._replace(attention="eager")
     census = count(shape, arithmetic)
     assert census.base == sum(parameter.numel() for parameter in real.parameters())
     assert census.base == census.rest + 2 * census.layer and census.adapter == 0
@@ -132,11 +132,11 @@ def plan_70b(**changes):
     ("gpu", "workers", "low", "high"), [("H100-80", 8, 15, 40), ("H100-80", 4, 20, 50), ("H200-141", 1, 50, 110)]
 )
 def test_70b_fits(gpu, workers, low, high):
-    """4-bit weights are 34 GiB, adapters of rank 128 with AdamW 25 GiB, projections with AdamW 16 GiB on each worker."""
+    """4-bit weights are 31.9 GiB, embeddings and head 3.9, scales 1.0 on each worker; adapters with AdamW 25 GiB; projections with AdamW are 16 GiB on each worker."""
     plan = plan_70b(plan__gpu=gpu, trainer__num_workers=workers)
     check_plan(plan)
     assert low * GIB < plan.memory.peak < high * GIB
-    assert plan.memory.weights / GIB == pytest.approx((34.2 + 2.1 * 2 * 0.93) / workers + 1.0, rel=0.05)
+    assert plan.memory.weights / GIB == pytest.approx((31.9 + 3.9) / workers + 1.0, rel=0.01)
     shown = table(plan)
     assert f"{workers} x {gpu}" in shown and f"{plan.memory.peak / GIB:.2f}" in shown and "fits" in shown
 
@@ -147,8 +147,6 @@ def test_a_plan_that_does_not_fit_names_a_setting_that_does():
         check_plan(plan)
     line = str(caught.value)
     assert "a worker needs" in line and "of a H100-80 72.9 are usable; it would fit with method qlora" in line
-    first = next(settings for settings in remedies(plan) if plan_run(changed(plan.config, settings)).fits)
-    assert first["method"] == "qlora"
     assert "DOES NOT FIT" in table(plan)
 
 
@@ -158,7 +156,7 @@ def test_sharding_is_named_before_a_smaller_model_and_workers_after():
     )
     with pytest.raises(UserError, match=r"it would fit with trainer.sharding fsdp2"):
         check_plan(plan_run(config))
-    with pytest.raises(UserError, match=r"it would fit with .*method qlora|trainer.num_workers"):
+    with pytest.raises(UserError, match=r"it would fit with trainer.num_workers 4 "):
         check_plan(plan_70b(trainer__num_workers=1, plan__gpu="A100-40"))
 
 
@@ -187,18 +185,18 @@ def test_lengths_come_from_the_dataset(folder):
     plan = plan_run(config)
     assert plan.workload.mean_tokens == pytest.approx(sum(examples.lengths) / len(examples.lengths), rel=0.02)
     assert plan.workload.longest == max(examples.lengths)
-    assert plan.workload.target_width == 64 and plan.workload.num_examples == 24
+    assert plan.workload.target_width == 64 and plan.workload.num_examples == 10
     assert plan.pace.seconds_per_step is None and plan.fits
     missing = plan_run(changed(config, {"datasets": [str(folder / "nowhere")], "plan.task": "input_ablation"}))
     assert "assumed" in missing.workload.source and not missing.workload.has_vectors
 
 
 def test_epochs_are_steps(folder):
-    config = config_of(folder, "full", optimization__epochs=2.5, optimization__batch_size=7)
+    config = config_of(folder, "full", optimization__epochs=2.5, optimization__batch_size=3)
     assert plan_run(config).pace.steps == 9
     run = prepare(config)
     assert (run.config.optimization.steps, run.config.optimization.epochs) == (9, None)
-    same = config_of(folder, "full", optimization__steps=9, optimization__batch_size=7, plan__gpu="L4-24")
+    same = config_of(folder, "full", optimization__steps=9, optimization__batch_size=3, plan__gpu="L4-24")
     assert prepare(same).run_key == run.run_key
 
 
