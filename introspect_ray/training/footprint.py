@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
@@ -39,8 +40,8 @@ UNMASKED = "introspect_ray_unmasked"
 it cannot see that no row holds several, it makes one."""
 
 
-def _unmasked(module: nn.Module, *states: Tensor, **settings: Any) -> Any:
-    return sdpa_attention_forward(module, *states, **settings)
+def _unmasked(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **settings: Any) -> Any:
+    return sdpa_attention_forward(module, query, key, value, mask, **settings)
 
 
 AttentionInterface.register(UNMASKED, _unmasked)
@@ -181,7 +182,8 @@ def _traced(
 
 def skeleton(shape: PretrainedConfig, arithmetic: Arithmetic) -> tuple[nn.Module, Any]:
     """The model on the meta device as a run would build it, adapters included, and the causal model inside it."""
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # about how PEFT calls transformers
         causal: Any = AutoModelForCausalLM.from_config(
             shape, dtype=arithmetic.dtype, attn_implementation=arithmetic.attention
         )

@@ -13,9 +13,10 @@ def table(plan: Plan) -> str:
     """The plan for people."""
     config, memory, pace, census = plan.config, plan.memory, plan.pace, plan.census
     trainer = config.trainer
-    gib = {name: getattr(memory, name) / GIB for name in Memory._fields}
+    unit, unit_bytes = ("GiB", GIB) if memory.peak >= GIB else ("MiB", GIB / 1024)
+    amounts = {name: getattr(memory, name) / unit_bytes for name in Memory._fields}
     standing = {
-        "weights": f"weights ({census.base / 1e9:.2f} B parameters)",
+        "weights": f"weights ({census.base / 1e6:,.0f} M parameters)",
         "adapters": "adapters and projections",
         "gradients": "gradients",
         "optimizer": "optimizer state (AdamW)",
@@ -30,21 +31,21 @@ def table(plan: Plan) -> str:
     }
 
     def rows(names: Mapping[str, str]) -> list[str]:
-        return [f"  {text:<44}{gib[name]:>9.2f}" for name, text in names.items() if gib[name] >= 0.005]
+        return [f"  {text:<44}{amounts[name]:>9.2f}" for name, text in names.items() if amounts[name] >= 0.005]
 
     lines = [
         f"plan: {config.explainer.model.path}, {config.method}, sharding {trainer.sharding}, {_devices(plan)}",
-        "memory of one worker between steps, GiB:",
+        f"memory of one worker between steps, {unit}:",
         *rows(standing),
         "in a step beside it:",
         *rows(step),
-        f"{'peak':<46}{memory.peak / GIB:>9.2f}{_limit(plan)}",
+        f"{'peak':<46}{memory.peak / unit_bytes:>9.2f}{_limit(plan)}",
         f"host memory per worker: {plan.host_bytes / GIB:.1f} GiB while loading",
         f"examples: {plan.workload.num_examples:,}, {plan.workload.source}",
         f"  mean {plan.workload.mean_tokens:.0f} tokens ({plan.workload.mean_answer:.0f} of the answer), "
         f"longest {plan.workload.longest}; largest micro-batch {plan.batch.rows} x {plan.batch.tokens_per_row}",
         f"steps: {pace.steps:,} of {config.optimization.batch_size} examples, {pace.tokens_per_step:,.0f} tokens and "
-        f"{pace.flop_per_step / 1e12:,.1f} TFLOP",
+        f"{pace.flop_per_step / 1e12:,.3g} TFLOP",
     ]
     if pace.seconds_per_step is not None:
         total = pace.seconds_per_step * pace.steps

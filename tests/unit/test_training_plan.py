@@ -2,16 +2,20 @@
 real steps, and what is refused."""
 
 import itertools
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from explainer_helpers import FAMILIES, model, tokenizer
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from training_helpers import train_config, write_dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from introspect_ray.config import HUB_IDS, GpuName, KnownModel, LoraConfig, TrainConfig, get_args
+from introspect_ray.cli import run_job
+from introspect_ray.config import HUB_IDS, GpuName, KnownModel, LoraConfig, TrainConfig, get_args, resolved
 from introspect_ray.errors import UserError
 from introspect_ray.models.shapes import known_shape, model_shape
 from introspect_ray.presets import Train8BConfig, Train70BConfig
@@ -26,6 +30,7 @@ from introspect_ray.training.schedule import make_optimizer
 from introspect_ray.training.step import Stepper
 from introspect_ray.training.workers import Workers
 
+JOBS = Path(__file__).parents[2] / "jobs"
 METHODS = ("full", "lora")
 
 
@@ -132,7 +137,7 @@ def plan_70b(**changes):
     ("gpu", "workers", "low", "high"), [("H100-80", 8, 15, 40), ("H100-80", 4, 20, 50), ("H200-141", 1, 50, 110)]
 )
 def test_70b_fits(gpu, workers, low, high):
-    """4-bit weights are 31.9 GiB, embeddings and head 3.9, scales 1.0 on each worker; adapters with AdamW 25 GiB; projections with AdamW are 16 GiB on each worker."""
+    """4-bit weights are 31.9 GiB, embeddings and head 3.9, scales 1.0 on each worker."""
     plan = plan_70b(plan__gpu=gpu, trainer__num_workers=workers)
     check_plan(plan)
     assert low * GIB < plan.memory.peak < high * GIB
@@ -156,7 +161,7 @@ def test_sharding_is_named_before_a_smaller_model_and_workers_after():
     )
     with pytest.raises(UserError, match=r"it would fit with trainer.sharding fsdp2"):
         check_plan(plan_run(config))
-    with pytest.raises(UserError, match=r"it would fit with trainer.num_workers 4 "):
+    with pytest.raises(UserError, match=r"it would fit with trainer.num_workers [248] "):
         check_plan(plan_70b(trainer__num_workers=1, plan__gpu="A100-40"))
 
 
@@ -204,3 +209,27 @@ def test_a_model_without_a_shape(folder):
     with pytest.raises(UserError, match=r"does not exist.*; shapes are known of meta-llama/Llama-3.1-8B, "):
         plan_run(changed(config_of(folder, "full"), {"explainer.model.path": "/nowhere/at/all"}))
     assert model_shape(TrainConfig().explainer.model.model_copy(update={"path": "/x/Qwen3-8B"})).vocab_size == 151936
+
+
+@pytest.mark.parametrize(
+    ("job", "config_class", "arguments", "status"),
+    [
+        ("train_70b_explainer", Train70BConfig, [], 0),
+        ("train_70b_explainer", Train70BConfig, ["--trainer.num_workers", "1"], 2),
+        ("train_8b_explainer", Train8BConfig, ["--model", "qwen3-8b", "--task", "activation_patching"], 0),
+        ("train_explainer", TrainConfig, ["--config", "FILE"], 0),
+    ],
+)
+def test_jobs_print_the_plan_and_end(folder, monkeypatch, capsys, job, config_class, arguments, status):
+    monkeypatch.syspath_prepend(JOBS)
+    module = runpy.run_path(str(JOBS / f"{job}.py"))
+    (folder / "plan.yaml").write_text(yaml.safe_dump(resolved(config_of(folder, "full"))))
+    given = [str(folder / "plan.yaml") if word == "FILE" else word for word in arguments]
+    with pytest.raises(SystemExit) as stopped:
+        run_job(config_class, module["main"], "A job.", ["--plan", *given], switches={"plan": "plan.show"})
+    written = capsys.readouterr()
+    assert stopped.value.code == status
+    assert "\npeak" in written.out and "\nsteps: " in written.out
+    errors = [line for line in written.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == (status == 2) and all("it would fit with" in line for line in errors)
+    assert ("\ntime: " in written.out) == (job != "train_explainer")
