@@ -1,4 +1,4 @@
-"""Ready configs for training known models on each task, with P1's hyperparameters (appendix of arXiv 2511.08579).
+"""Ready configs for training known models on each task, with the hyperparameters of P1 and its code (arXiv 2511.08579).
 
 model, task, target --preset--> a whole TrainConfig  <-  FILE.yaml  <-  command line
 """
