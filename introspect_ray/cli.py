@@ -17,6 +17,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
 import yaml
@@ -37,12 +38,15 @@ def run_job(
     description: str,
     arguments: Sequence[str] | None = None,
     positional: str | None = None,
+    switches: Mapping[str, str] = MappingProxyType({}),
 ) -> NoReturn:
     """Parse the command line, print the resolved config, call `main(config)`; always ends in `SystemExit`.
 
-    `arguments` stands in for `sys.argv[1:]`. `positional` names the key whose value may stand without its option.
+    `arguments` stands in for `sys.argv[1:]`. `positional` names the key whose value may stand without its option, and
+    `switches` options without a value that make a key true: {"plan": "plan.show"}.
     """
-    sys.exit(_run(config_class, main, description, sys.argv[1:] if arguments is None else arguments, positional))
+    words = sys.argv[1:] if arguments is None else arguments
+    sys.exit(_run(config_class, main, description, words, positional, switches))
 
 
 def _run(
@@ -51,9 +55,10 @@ def _run(
     description: str,
     arguments: Sequence[str],
     positional: str | None,
+    switches: Mapping[str, str],
 ) -> int:
     try:
-        config = parse(config_class, description, arguments, positional)
+        config = parse(config_class, description, arguments, positional, switches)
         sys.stdout.write(as_yaml(config))
         sys.stdout.flush()
         main(config)
@@ -120,10 +125,16 @@ _Dumper.add_representer(
 )
 
 
-def parse(config_class: type[C], description: str, arguments: Sequence[str], positional: str | None = None) -> C:
+def parse(
+    config_class: type[C],
+    description: str,
+    arguments: Sequence[str],
+    positional: str | None = None,
+    switches: Mapping[str, str] = MappingProxyType({}),
+) -> C:
     """The config that a command line describes. Raises UserError; `--help` prints and exits with status 0."""
-    flags = {flag.name: flag for flag in _flags(config_class)}
-    found = vars(_parser(config_class, description, flags, positional).parse_args(list(arguments)))
+    flags = {flag.name: flag for flag in _flags(config_class, defaults=config_class())}
+    found = vars(_parser(config_class, description, flags, positional, switches).parse_args(list(arguments)))
     config_file = found.pop("config")
     tree = read_yaml(config_file) if config_file is not None else {}
     overrides = {name: flags[name].read(words) for name, words in found.items() if words is not None}
@@ -220,7 +231,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(
-    config_class: type[Config], description: str, flags: Mapping[str, _Flag], positional: str | None
+    config_class: type[Config],
+    description: str,
+    flags: Mapping[str, _Flag],
+    positional: str | None,
+    switches: Mapping[str, str],
 ) -> _Parser:
     alone = f"[{positional.upper()}] " if positional else ""
     parser = _Parser(
@@ -239,6 +254,10 @@ def _parser(
             default=argparse.SUPPRESS,
             metavar=positional.upper(),
             help=f"the same as --{positional}",
+        )
+    for switch, name in switches.items():
+        parser.add_argument(
+            f"--{switch}", dest=name, action="store_const", const="true", help=f"the same as --{name} true"
         )
     parser.add_argument("--config", metavar="FILE.yaml", help="read the config from a YAML file")
     for section, members in _by_section(flags).items():

@@ -24,6 +24,16 @@ Method = Literal[
     "swapped_vector",
     "self_scales",
 ]
+GpuName = Literal["A10G-24", "A100-40", "A100-80", "B200-180", "H100-80", "H200-141", "L4-24", "L40S-48", "RTX4090-24"]
+KnownModel = Literal["llama-3.1-8b", "llama-3-8b", "llama-3.1-8b-instruct", "qwen3-8b", "llama-3.1-70b"]
+HUB_IDS: dict[KnownModel, str] = {
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
+    "llama-3.1-8b-instruct": "meta-llama/Llama-3.1-8B-Instruct",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+    "llama-3.1-70b": "meta-llama/Llama-3.1-70B",
+}
+"""Models whose shape ships with the package (models/shapes.py)."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -315,6 +325,8 @@ class OptimizationConfig(Config):
     """AdamW with linear warm-up and a constant or cosine rate afterwards."""
 
     steps: Annotated[int, Field(ge=1)] = 600
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the training records, in place of `steps`; none takes `steps`."""
     batch_size: Annotated[int, Field(ge=1)] = 64
     """Examples per optimizer step, over all workers."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
@@ -386,6 +398,29 @@ class LoggingConfig(Config):
     """MLflow tracking server or folder; none logs nothing there."""
 
 
+class PlanConfig(Config):
+    """`--plan`: what a run needs, worked out from its config without weights, is printed in place of the run."""
+
+    show: bool = False
+    """Print the plan and stop; `--plan` alone says the same."""
+    gpu: GpuName = "H100-80"
+    """GPU that memory and time are worked out for; its number is `trainer.num_workers`."""
+    gpus_per_node: Annotated[int, Field(ge=1)] = 8
+    usable_share: Annotated[float, Field(gt=0, le=1)] = 0.92
+    """Share of a GPU's memory that tensors may take; the rest is for the CUDA context, communication buffers and holes
+    between tensors."""
+    share_of_peak: Annotated[float, Field(gt=0, le=1)] = 0.35
+    """Share of the GPU's peak arithmetic that matrix products reach."""
+    node_gbit_per_s: Annotated[float, Field(gt=0)] = 400
+    """Network of one node."""
+    task: TaskName = "feature_description"
+    """Whose lengths are assumed where the datasets are not there yet."""
+    num_examples: Annotated[int, Field(ge=1)] | None = None
+    """Training records where the datasets are not there yet; none assumes the task's number in P1."""
+    target: str | None = None
+    """Model that the vectors come from where the datasets are not there yet; none: the explainer's own."""
+
+
 class TrainConfig(Config):
     """jobs/train_explainer.py: fine-tune an explainer on datasets that generate_dataset.py wrote."""
 
@@ -402,6 +437,7 @@ class TrainConfig(Config):
     trainer: TrainerConfig = TrainerConfig()
     evaluation: EvaluationDuringConfig = EvaluationDuringConfig()
     logging: LoggingConfig = LoggingConfig()
+    plan: PlanConfig = PlanConfig()
     seed: int = 0
 
     @model_validator(mode="after")

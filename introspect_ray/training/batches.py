@@ -8,6 +8,7 @@ cut into micro-batches. None of this changes the loss, the sum over all answer t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +20,11 @@ ROWS_TRIED = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 Row = list[int]
 """Indices of the examples that stand in one row."""
+
+
+def num_steps(epochs: float, num_examples: int, batch_size: int) -> int:
+    """Optimizer steps that go through all examples so often."""
+    return max(1, math.ceil(epochs * num_examples / batch_size))
 
 
 def step_indices(

@@ -53,7 +53,7 @@ def export_explainer(config: ExportConfig) -> str:
         if content is not None:
             output.write(name, content)
     account = copied[TRAINING_FILE]
-    explainer.save(config.output, readme(explainer.card, json.loads(account) if account else None, scores, readme=own))
+    explainer.save(config.output, readme=readme(explainer.card, json.loads(account) if account else None, scores, own))
     kind = "an adapter" if explainer.card.weights == "lora" else "full weights"
     return f"wrote {config.output}: {kind}, explains {explainer.card.target.path}"
 

@@ -102,10 +102,8 @@ def _back_to_best(state: TrainState, checkpoints: Checkpoints, steps: int, tell:
     if state.best_step < state.step:
         exported = checkpoints.restore(state.best_step).step
         if exported == 0:
-            tell(
-                f"the checkpoint of step {state.best_step}, the best, could not be written: step {state.step} is exported"
-            )
             exported = state.step
+            tell(f"the checkpoint of the best step, {state.best_step}, is not there: step {exported} is exported")
     return {"exported_step": exported, **results}
 
 

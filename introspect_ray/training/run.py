@@ -19,6 +19,7 @@ from introspect_ray.config import (
     ExplainerConfig,
     LoggingConfig,
     LoraConfig,
+    PlanConfig,
     TrainConfig,
     TrainerConfig,
     differences,
@@ -34,6 +35,7 @@ from introspect_ray.explainer.files import check_modules
 from introspect_ray.explainer.fitted import read_alignment, read_maps
 from introspect_ray.explainer.projections import resolve_kind
 from introspect_ray.tasks.base import stable_id
+from introspect_ray.training.batches import num_steps
 from introspect_ray.training.validation import check_evaluation
 
 TRAINING_FILE = "training.json"
@@ -139,6 +141,7 @@ def prepare(config: TrainConfig) -> TrainingRun:
         dataset.check_shards()
     check_evaluation(config.evaluation, datasets)
     _check_packages(config.logging)
+    config = _with_steps(config, sum(dataset.manifest.selected["train"] for dataset in datasets))
     contents = [[shard.digest for shard in dataset.manifest.shards] for dataset in datasets]
     keys = [dataset.manifest.run_key for dataset in datasets]
     run = TrainingRun(
@@ -151,6 +154,15 @@ def prepare(config: TrainConfig) -> TrainingRun:
     return run
 
 
+def _with_steps(config: TrainConfig, num_examples: int) -> TrainConfig:
+    """Epochs, where they are given, as steps."""
+    settings = config.optimization
+    if settings.epochs is None:
+        return config
+    steps = num_steps(settings.epochs, num_examples, settings.batch_size)
+    return config.model_copy(update={"optimization": settings.model_copy(update={"steps": steps, "epochs": None})})
+
+
 def relevant(config: TrainConfig) -> TrainConfig:
     """The config with everything that cannot change the result set to its default.
 
@@ -159,6 +171,7 @@ def relevant(config: TrainConfig) -> TrainConfig:
     """
     trainer = TrainerConfig(compute_dtype=config.trainer.compute_dtype)
     reset: dict[str, Any] = {"output": "", "trainer": trainer, "datasets": (), "logging": LoggingConfig()}
+    reset["plan"] = PlanConfig()
     if not config.evaluation.every:
         reset["evaluation"] = EvaluationDuringConfig()
     if config.method == "full":

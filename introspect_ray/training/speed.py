@@ -9,28 +9,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from introspect_ray.explainer.model import Explainer
-
-PEAKS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "A10": 125e12,
-    "L4": 121e12,
-    "V100": 125e12,
-}
-"""Part of a GPU's name -> dense bfloat16 (V100: float16) operations per second, from its data sheet."""
+from introspect_ray.training.hardware import gpu_of
 
 
 def peak_of(device: torch.device) -> float | None:
-    """Operations per second that the device is built for; none where that is not known, as on CPUs."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
+    """Operations per second in bfloat16 that the device is built for; none where that is not known, as on CPUs."""
+    gpu = gpu_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return None if gpu is None else gpu.bf16_flops
 
 
 def operations_per_token(explainer: Explainer) -> float:

@@ -1,10 +1,12 @@
 """Operations per token against a count by hand, and the line that people see."""
 
+import pytest
 import torch
 from explainer_helpers import explainer
 
 from introspect_ray.config import LoraConfig
 from introspect_ray.training import speed
+from introspect_ray.training.hardware import GPUS, gpu_of
 from introspect_ray.training.speed import Speed, operations_per_token, peak_of
 from introspect_ray.training.train import _note
 
@@ -26,6 +28,22 @@ def test_share_of_the_peak_is_over_all_workers(tmp_path, monkeypatch):
     made = explainer(tmp_path)
     made.model.requires_grad_(True)
     assert peak_of(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "A100-80"),
+        ("NVIDIA H200", "H200-141"),
+        ("NVIDIA L40S", "L40S-48"),
+        ("NVIDIA L4", "L4-24"),
+        ("NVIDIA GeForce RTX 4090", "RTX4090-24"),
+    ],
+)
+def test_gpus_are_known_by_their_devices_names(device, name):
+    found = gpu_of(device)
+    assert found is not None and found.bf16_flops == GPUS[name].bf16_flops
+    assert gpu_of("Some Other Accelerator") is None
     clock = iter([0.0, 10.0, 14.0, 20.0, 24.0])
     monkeypatch.setattr(speed.time, "monotonic", lambda: next(clock))
     measured = Speed(made, num_workers=2)
