@@ -464,7 +464,7 @@ class EvaluateConfig(Config):
     output: str = "runs/evaluation"
     methods: tuple[Method, ...] = get_args(Method)
     """Methods that do not apply to a task (a vector control where no vector exists) are left out there."""
-    scales: tuple[float, ...] = (1, 5, 10, 25, 50)
+    scales: tuple[float, ...] = (1.0, 5.0, 10.0, 25.0, 50.0)
     """Norms at which `self_scales` asks the untrained model (P1: SelfIE, best of these)."""
     max_examples: Annotated[int, Field(ge=1)] | None = None
     """Score at most so many records per dataset, spread evenly over the groups; none scores the whole split."""
