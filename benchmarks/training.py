@@ -449,7 +449,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu, or cuda for QLoRA at large shapes (default: cpu)")
     parser.add_argument("--shapes", nargs="+", choices=tuple(LARGE), default=list(LARGE), help="on a GPU: which shapes")
     parser.add_argument("--method", choices=("lora", "full"), default="lora", help="on a CPU (default: lora)")
-    parser.add_argument("--batch-size", type=int, help="examples per optimizer step (default: 8, on a GPU 64)")
+    parser.add_argument("--batch-size", type=int, help="examples per optimizer step (default: 16, on a GPU 64)")
     parser.add_argument("--micro-batch-tokens", type=int, help="tokens of one pass (default: 1024, on a GPU 4096)")
     parser.add_argument("--steps", type=int, default=1, help="steps of each per round (default: 1)")
     parser.add_argument("--rounds", type=int, default=20, help="rounds in which both train in turn (default: 20)")
@@ -458,7 +458,7 @@ def main() -> None:
     is_gpu = arguments.device.startswith("cuda")
     if is_gpu and not torch.cuda.is_available():
         parser.error(f"--device {arguments.device} asked for, but this process has no GPU")
-    arguments.batch_size = arguments.batch_size or (64 if is_gpu else 8)
+    arguments.batch_size = arguments.batch_size or (64 if is_gpu else 16)
     arguments.micro_batch_tokens = arguments.micro_batch_tokens or (4096 if is_gpu else 1024)
     if arguments.steps < 1 or arguments.rounds < 1:
         parser.error("--steps and --rounds must be at least 1")

@@ -56,7 +56,7 @@ class Stepper:
         mine = self._ahead.get(number)
         # Dropout draws from the global generator: a resumed run must draw what an undisturbed one would have drawn.
         torch.manual_seed(step_seed(number, self.config.seed, self.workers.rank))
-        own_loss = self._accumulate(self._mine(chosen), mine, loss_tokens)
+        own_loss = self._accumulate(chosen, mine, loss_tokens)
         loss_sum = float(self.trainable.sum_gradients(own_loss.reshape(1)))
         grad_norm = self.trainable.clip_gradients(settings.max_grad_norm)
         if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
@@ -81,10 +81,13 @@ class Stepper:
     def _mine(self, chosen: Sequence[int]) -> list[int]:
         return share(chosen, self.examples.lengths, self.workers.rank, self.workers.size)
 
-    def _accumulate(self, mine: Sequence[int], examples: Mapping[int, Encoded], loss_tokens: int) -> torch.Tensor:
+    def _accumulate(
+        self, chosen: Sequence[int], examples: Mapping[int, Encoded] | Examples, loss_tokens: int
+    ) -> torch.Tensor:
         """Leave this worker's share of the gradient of the token mean in `.grad`; returns its summed loss."""
         self.trainable.clear_gradients()
         total = torch.zeros((), device=self.explainer.device)
+        mine = self._mine(chosen)
         batches = arrange(mine, self.examples.lengths, self.config.trainer.micro_batch_tokens, self._packing)
         for rows in batches:
             total += self._backward([joined([examples[index] for index in row]) for row in rows], loss_tokens)

@@ -97,8 +97,7 @@ def test_gradient_is_that_of_the_token_mean_however_it_is_split(tmp_path):
                 }
             )
             stepper = Stepper(explainer, examples, config, Workers(rank, size))
-            mine = stepper._mine(chosen)
-            loss_sum += float(stepper._accumulate(mine, {index: examples[index] for index in mine}, count))
+            loss_sum += float(stepper._accumulate(chosen, examples, count))
             total = {name: total[name] + parameter.grad for name, parameter in parameters.items()}
         assert loss_sum == pytest.approx(loss.item(), rel=1e-5)
         for name in expected:

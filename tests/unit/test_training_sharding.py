@@ -179,7 +179,7 @@ def test_bfloat16_is_what_is_computed_in_and_not_what_is_kept(tmp_path, sharding
         assert {parameter.dtype for parameter in explainer.trainable_parameters().values()} == {torch.float32}
         stepper = Stepper(explainer, examples, run.config, ALONE)
         stepper.trainable.clear_gradients()
-        losses[dtype] = float(stepper._accumulate([0, 1, 2, 3], 50))
+        losses[dtype] = float(stepper._accumulate([0, 1, 2, 3], examples, 50))
     assert losses["model"] != losses["bfloat16"]
     assert losses["bfloat16"] == pytest.approx(losses["model"], rel=1e-2)
 

@@ -29,6 +29,15 @@ def test_share_of_the_peak_is_over_all_workers(tmp_path, monkeypatch):
     made.model.requires_grad_(True)
     assert peak_of(torch.device("cpu")) is None
 
+    clock = iter([0.0, 10.0, 14.0, 20.0, 24.0])
+    monkeypatch.setattr(speed.time, "monotonic", lambda: next(clock))
+    measured = Speed(made, num_workers=2)
+    measured.start(100)
+    assert measured.metrics(500) == {"tokens_per_second": 100.0}
+    monkeypatch.setattr(speed, "peak_of", lambda _: 6 * WEIGHTS * 200.0)
+    measured = Speed(made, num_workers=2)
+    assert measured.metrics(400) == {"tokens_per_second": 100.0, "share_of_peak": 0.25}
+
 
 @pytest.mark.parametrize(
     ("device", "name"),
@@ -44,14 +53,6 @@ def test_gpus_are_known_by_their_devices_names(device, name):
     found = gpu_of(device)
     assert found is not None and found.bf16_flops == GPUS[name].bf16_flops
     assert gpu_of("Some Other Accelerator") is None
-    clock = iter([0.0, 10.0, 14.0, 20.0, 24.0])
-    monkeypatch.setattr(speed.time, "monotonic", lambda: next(clock))
-    measured = Speed(made, num_workers=2)
-    measured.start(100)
-    assert measured.metrics(500) == {"tokens_per_second": 100.0}
-    monkeypatch.setattr(speed, "peak_of", lambda _: 6 * WEIGHTS * 200.0)
-    measured = Speed(made, num_workers=2)
-    assert measured.metrics(400) == {"tokens_per_second": 100.0, "share_of_peak": 0.25}
 
 
 def test_the_line_that_people_see():

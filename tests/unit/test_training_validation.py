@@ -1,6 +1,7 @@
 """Evaluation while training: what is scored, who is best, when it stops, and that a killed run ends alike. No Ray."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,14 +10,14 @@ from safetensors.torch import load_file
 from training_helpers import train_config, write_dataset
 
 from introspect_ray.data.dataset import open_dataset
-from introspect_ray.errors import RunFailed, UserError
+from introspect_ray.errors import UserError
 from introspect_ray.evaluation.evaluate import evaluate_task
 from introspect_ray.evaluation.intervals import Bootstrap
 from introspect_ray.evaluation.sampling import spread
 from introspect_ray.explainer.model import Explainer
 from introspect_ray.tasks.registry import get_task
 from introspect_ray.training import validation
-from introspect_ray.training.checkpoint import CheckpointStore
+from introspect_ray.training.checkpoint import Checkpoints, CheckpointStore
 from introspect_ray.training.loop import fit
 from introspect_ray.training.metrics import read_metrics
 from introspect_ray.training.run import prepare, relevant
@@ -138,13 +139,13 @@ def test_best_weights_are_exported_and_kept_meanwhile(tmp_path, monkeypatch):
     seen = script(monkeypatch, {2: 0.1, 4: 0.5, 6: 0.5, 8: float("nan"), 10: 0.4, 11: 0.3})
     run = begun(config_of(tmp_path, optimization__steps=11, trainer__checkpoint_every=3))
     kept = []
-    real = CheckpointStore.save
+    real = CheckpointStore.complete
 
-    def save(self, parameters, optimizer, state):
-        real(self, parameters, optimizer, state)
-        kept.append([int(name.removeprefix("step_")) for name in self.names()])
+    def complete(self, state, indices):
+        real(self, state, indices)
+        kept.append(self.steps())
 
-    monkeypatch.setattr(CheckpointStore, "save", save)
+    monkeypatch.setattr(CheckpointStore, "complete", complete)
     results = fit(run, ALONE)
     assert kept == [[2], [2, 3], [2, 3, 4], [4, 6], [4, 6, 9]], "of equal ones the first is best"
     assert (results["exported_step"], results["stopped_early"], results["step"]) == (4, False, 11)
@@ -198,19 +199,22 @@ def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path, monkeypatch, dies_at,
 
 
 def test_a_best_checkpoint_that_is_lost_is_said(tmp_path, monkeypatch):
-    script(monkeypatch, {2: 0.3, 4: 0.1, 6: 0.1, 8: 0.1})
+    seen = script(monkeypatch, {2: 0.3, 4: 0.1, 6: 0.1, 8: 0.1})
     run = begun(config_of(tmp_path))
-    real = CheckpointStore.restore
+    real = Checkpoints.restore
 
-    def lose(self, parameters, optimizer, at_step):
+    def lose(self, at_step=None):
         if at_step == 2:
-            (tmp_path / "out" / "checkpoints" / "step_000002" / "weights.safetensors").unlink()
-        return real(self, parameters, optimizer, at_step)
+            shutil.rmtree(tmp_path / "out" / "checkpoints" / "step_000002")
+        return real(self, at_step)
 
-    monkeypatch.setattr(CheckpointStore, "restore", lose)
-    with pytest.raises(RunFailed, match=r"checkpoints/step_000002, which the run needs, is missing or damaged"):
-        fit(run, ALONE)
-    assert not run.is_complete()
+    monkeypatch.setattr(Checkpoints, "restore", lose)
+    told = []
+    results = fit(run, ALONE, told.append)
+    last = results["step"]
+    assert told == [f"the checkpoint of the best step, 2, is not there: step {last} is exported"]
+    assert (results["best_step"], results["exported_step"]) == (2, last) and last > 2
+    assert equals(exported(tmp_path), seen[last])
 
 
 def test_settings_of_no_evaluation_and_loggers_are_not_relevant(tmp_path):
