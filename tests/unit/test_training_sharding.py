@@ -208,3 +208,25 @@ def test_start_of_an_adapter_is_uniform_and_its_own():
 def test_weights_that_cannot_be_placed_so_are_refused(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         prepare(train_config(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("method", ["full", "qlora"])
+def test_evaluations_while_training_leave_sharded_weights_as_they_are(tmp_path, method):
+    """Generating takes other paths through sharded and 4-bit layers than training does."""
+    write_dataset(tmp_path / "held_out", count=36, splits=("train", "train", "validation"))
+    options = {
+        "method": method,
+        "datasets": [str(tmp_path / "held_out")],
+        "optimization__steps": 4,
+        "trainer__log_every": 1,
+    }
+    losses = {}
+    for every in (0, 2):
+        run = run_of(tmp_path, f"every-{every}", trainer__sharding="fsdp2", evaluation__every=every, **options)
+        results = fit(run, ALONE)
+        losses[every] = [line["loss"] for line in read_metrics(run.folder)]
+        assert results["step"] == 4
+    assert losses[0] == losses[2] and len(losses[2]) == 4
+    assert set(results["best"]) == {"exact_match", "has_changed_f1", "content_match", "parse_rate"}
+    loaded = Explainer.load(str(tmp_path / "every-2"), "cpu", "float32")
+    assert loaded.explain(queries(1, loaded.card.target.width), batch_size=1)
