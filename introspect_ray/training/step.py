@@ -89,12 +89,14 @@ class Stepper:
         total = torch.zeros((), device=self.explainer.device)
         mine = self._mine(chosen)
         batches = arrange(mine, self.examples.lengths, self.config.trainer.micro_batch_tokens, self._packing)
+        # Every pass needs the shards of all workers, so those with fewer micro-batches add some that count zero. How many
+        # is asked before the first pass: a worker that waits for an answer gives no shards.
+        is_sharded = self.trainable.is_sharded
+        num_passes = self.workers.largest(len(batches), self.explainer.device) if is_sharded else len(batches)
         for rows in batches:
             total += self._backward([joined([examples[index] for index in row]) for row in rows], loss_tokens)
-        if self.trainable.is_sharded:
-            # Every pass needs the shards of all workers, so those with fewer micro-batches add some that count zero.
-            for _ in range(self.workers.largest(len(batches), self.explainer.device) - len(batches)):
-                self._backward([self._idle], loss_tokens, weight=0.0)
+        for _ in range(num_passes - len(batches)):
+            self._backward([self._idle], loss_tokens, weight=0.0)
         return total
 
     def _backward(self, batch: Sequence[Encoded], loss_tokens: int, weight: float = 1.0) -> torch.Tensor:
