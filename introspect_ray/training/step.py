@@ -89,8 +89,8 @@ class Stepper:
         total = torch.zeros((), device=self.explainer.device)
         mine = self._mine(chosen)
         batches = arrange(mine, self.examples.lengths, self.config.trainer.micro_batch_tokens, self._packing)
-        # Every pass needs the shards of all workers, so those with fewer micro-batches add some that count zero. How many
-        # is asked before the first pass: a worker that waits for an answer gives no shards.
+        # Every pass needs the shards of all workers, so those with fewer micro-batches add some that count zero.
+        # How many is asked before the first pass: a worker that waits for an answer gives no shards.
         is_sharded = self.trainable.is_sharded
         num_passes = self.workers.largest(len(batches), self.explainer.device) if is_sharded else len(batches)
         for rows in batches:
