@@ -252,7 +252,7 @@ class ConvertConfig(Config):
     target: ModelConfig = ModelConfig()
     """The model that the records are about; only its tokenizer and config are read."""
     records_per_shard: Annotated[int, Field(ge=1)] = 4096
-    """Records of one shard of a dataset that is made of published files."""
+    """Records of one shard, or of one published file; so many are in memory at once."""
     vector_dtype: Literal["float16", "float32"] = "float16"
     """Dtype of vectors in such a dataset."""
 

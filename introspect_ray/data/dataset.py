@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,19 +36,18 @@ class Dataset:
 
         `selected` gives those to train and score on; otherwise failed records come too, their task columns None.
         """
-        records = to_records(self.table(split, columns, selected))
-        for record in records:
-            for name, value in record.items():
-                if isinstance(value, np.ndarray):
-                    # float16 sums overflow at 65,504, so that even a norm is wrong in it.
-                    record[name] = value.astype(np.float32)
-        return records
+        return float32_records(self.table(split, columns, selected))
 
     def table(self, split: str | None, columns: Sequence[str] | None = None, selected: bool = True) -> pa.Table:
         """`records` as an Arrow table, vectors as stored. Raises UserError for a torn shard or a vector with NaN."""
+        return pa.concat_tables(self.tables(split, columns, selected))
+
+    def tables(
+        self, split: str | None, columns: Sequence[str] | None = None, selected: bool = True
+    ) -> Iterator[pa.Table]:
+        """The parts of `table`, one per shard, so that only one shard need be in memory."""
         chosen = self.selection() if selected and self.manifest.has_selection else None
         needed = None if columns is None else list(dict.fromkeys([*columns, "record_id", "split", "status"]))
-        tables = []
         for shard in self.manifest.shards:
             table = read_shard(self.folder, shard, needed)
             keep = pa.array([True] * table.num_rows, pa.bool_())
@@ -58,8 +57,7 @@ class Dataset:
                 keep = pc.and_(keep, pc.is_in(table["record_id"], value_set=chosen))
             elif selected:
                 keep = pc.and_(keep, pc.equal(table["status"], OK))
-            tables.append(table.filter(keep) if columns is None else table.filter(keep).select(list(columns)))
-        return pa.concat_tables(tables)
+            yield table.filter(keep) if columns is None else table.filter(keep).select(list(columns))
 
     def check_shards(self) -> None:
         """Read every shard once. Raises UserError for the first that is torn or holds a vector with NaN."""
@@ -71,6 +69,16 @@ class Dataset:
         content = _content(self.folder, SELECTION_NAME)
         table = _parse(f"{self.folder.url}/{SELECTION_NAME}", content, ["record_id"])
         return table["record_id"].combine_chunks()
+
+
+def float32_records(table: pa.Table) -> list[Record]:
+    """Rows as dicts, vectors as float32: sums of float16 overflow at 65,504, so that even a norm is wrong in it."""
+    records = to_records(table)
+    for record in records:
+        for name, value in record.items():
+            if isinstance(value, np.ndarray):
+                record[name] = value.astype(np.float32)
+    return records
 
 
 def open_dataset(url: str, task: str | None = None) -> Dataset:

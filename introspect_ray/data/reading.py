@@ -9,7 +9,8 @@ import lzma
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -132,10 +133,31 @@ def _texts(path: str, content: bytes, unit: TextUnit) -> list[Any]:
 
 
 def _parquet(path: str, content: bytes) -> list[Any]:
+    with _parquet_file(path, io.BytesIO(content)) as file:
+        return file.read().to_pylist()
+
+
+@contextmanager
+def open_parquet(path: str) -> Iterator[pq.ParquetFile]:
+    """A Parquet file to be read in parts. A problem of it, met inside the block too, is a UserError that names it."""
     try:
-        with pq.ParquetFile(io.BytesIO(content)) as file:
+        with (
+            storage_errors(f"source {path} cannot be read", (FileNotFoundError, pa.ArrowException, OSError)),
+            fsspec.open(path, "rb") as content,
+            _parquet_file(path, content) as file,
+        ):
+            yield file
+    except FileNotFoundError:
+        raise UserError(f"source {path} does not exist") from None
+
+
+@contextmanager
+def _parquet_file(path: str, content: Any) -> Iterator[pq.ParquetFile]:
+    try:
+        # With a buffer a column is read piece by piece, not a whole row group of it at once.
+        with pq.ParquetFile(content, buffer_size=1 << 20, page_checksum_verification=True) as file:
             _check_columns(path, file.schema_arrow.names)
-            return file.read().to_pylist()
+            yield file
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"source {path} is not a complete Parquet file: {error}") from None
 
