@@ -98,7 +98,8 @@ class SourceConfig(Config):
     """Where the rows come from that a task turns into records."""
 
     path: str = "pocket"
-    """`pocket` for the embedded world, else a file (json, jsonl, csv, parquet, txt; local or any fsspec URL)."""
+    """`pocket` for the embedded world, else a file (json, jsonl, csv, parquet, txt; local or any fsspec URL), a folder
+    of files of one kind, or a glob such as `s3://bucket/facts/*.parquet`; rows count on in order of the names."""
     format: Literal["auto", "counterfact", "known_facts", "mmlu", "marked_text", "latent_labels", "text"] = "auto"
     """Row format; `auto` reads it off the columns."""
     text_unit: Literal["auto", "paragraph", "line", "file"] = "auto"
@@ -226,6 +227,15 @@ class GenerateConfig(Config):
     max_failed_share: Fraction = 0.98
     """The run fails if a larger share of its records ends with a reason instead of a truth."""
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _gpus_to_spread_over(self) -> Self:
+        if self.target.device_map != "none" and not self.actors.num_gpus:
+            raise ValueError(
+                f"target.device_map {self.target.device_map} spreads layers over the GPUs of an actor:"
+                " set actors.num_gpus, found 0"
+            )
+        return self
 
 
 class InspectConfig(Config):
