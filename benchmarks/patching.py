@@ -172,9 +172,11 @@ def nnsight_batched(traced: Any, work: list[Sweep]) -> Tensor:
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations: per token and layer; per token, layer and token attended to; per logit row."""
+    """Floating-point operations: per token and layer, of these in the feed-forward part; per token, layer and token
+    attended to; per logit row."""
 
     layer: int
+    feed_forward: int
     attended: int
     head: int
 
@@ -182,9 +184,13 @@ class Work:
     def of(cls, model: PreTrainedModel) -> Work:
         """A multiplication and an addition per weight of every matrix; 4 per attended token and attention channel."""
         config = text_config(model)
-        weights = sum(weight.numel() for weight in decoder_layers(model)[0].parameters() if weight.ndim == 2)
+        layer: Any = decoder_layers(model)[0]
+        whole, part = (
+            2 * sum(weight.numel() for weight in module.parameters() if weight.ndim == 2)
+            for module in (layer, layer.mlp)
+        )
         head: Any = model.get_output_embeddings()
-        return cls(2 * weights, 4 * config.num_attention_heads * config.head_dim, 2 * head.weight.numel())
+        return cls(whole, part, 4 * config.num_attention_heads * config.head_dim, 2 * head.weight.numel())
 
     def suffix(self, start: int, length: int, layers: int) -> int:
         """Tokens `[start, length)` through some layers, each attending to all tokens up to itself; one logit row."""
@@ -192,13 +198,18 @@ class Work:
         return layers * (tokens * self.layer + attended * self.attended) + self.head
 
     def remaining(self, work: list[Sweep], depth: int) -> int:
-        """Clean runs, and of every row the tokens and layers that its intervention can change."""
+        """Clean runs, and of every row what its intervention can change and its last logits depend on."""
         clean = sum(self.suffix(0, len(sweep.ids), depth) for sweep in work)
         return clean + sum(
-            self.suffix(row.positions[0], len(sweep.ids), depth - 1 - row.layers[0])
+            self.row(row.positions[0], len(sweep.ids), depth - 1 - row.layers[0])
             for sweep in work
             for row in sweep.rows
         )
+
+    def row(self, start: int, length: int, layers: int) -> int:
+        """`suffix`, but of the last layer's feed-forward part the last token alone: nobody reads that of the others."""
+        unread = length - start - 1 if layers else 0
+        return self.suffix(start, length, layers) - unread * self.feed_forward
 
 
 @torch.no_grad()

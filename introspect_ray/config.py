@@ -109,7 +109,8 @@ class SourceConfig(Config):
     """Where the rows come from that a task turns into records."""
 
     path: str = "pocket"
-    """`pocket` for the embedded world, else a file (json, jsonl, csv, parquet, txt; local or any fsspec URL)."""
+    """`pocket` for the embedded world, else a file (json, jsonl, csv, parquet, txt; local or any fsspec URL), a folder
+    of files of one kind, or a glob such as `s3://bucket/facts/*.parquet`; rows count on in order of the names."""
     format: Literal["auto", "counterfact", "known_facts", "mmlu", "marked_text", "latent_labels", "text"] = "auto"
     """Row format; `auto` reads it off the columns."""
     text_unit: Literal["auto", "paragraph", "line", "file"] = "auto"
@@ -238,6 +239,15 @@ class GenerateConfig(Config):
     """The run fails if a larger share of its records ends with a reason instead of a truth."""
     seed: int = 0
 
+    @model_validator(mode="after")
+    def _gpus_to_spread_over(self) -> Self:
+        if self.target.device_map != "none" and not self.actors.num_gpus:
+            raise ValueError(
+                f"target.device_map {self.target.device_map} spreads layers over the GPUs of an actor:"
+                " set actors.num_gpus, found 0"
+            )
+        return self
+
 
 class InspectConfig(Config):
     """jobs/inspect_dataset.py: verify and summarise a finished dataset."""
@@ -263,7 +273,7 @@ class ConvertConfig(Config):
     target: ModelConfig = ModelConfig()
     """The model that the records are about; only its tokenizer and config are read."""
     records_per_shard: Annotated[int, Field(ge=1)] = 4096
-    """Records of one shard of a dataset that is made of published files."""
+    """Records of one shard, or of one published file; so many are in memory at once."""
     vector_dtype: Literal["float16", "float32"] = "float16"
     """Dtype of vectors in such a dataset."""
 

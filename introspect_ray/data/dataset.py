@@ -36,20 +36,22 @@ class Dataset:
 
         `selected` gives those to train and score on; otherwise failed records come too, their task columns None.
         """
-        return _widened(to_records(self.table(split, columns, selected)))
+        return float32_records(self.table(split, columns, selected))
 
     def record_batches(self, split: str, size: int) -> Iterator[list[Record]]:
         """The selected `records` of a split, at most `size` at a time, holding one shard in memory."""
-        for table in self._tables(split, None, selected=True):
+        for table in self.tables(split):
             for start in range(0, table.num_rows, size):
-                yield _widened(to_records(table.slice(start, size)))
+                yield float32_records(table.slice(start, size))
 
     def table(self, split: str | None, columns: Sequence[str] | None = None, selected: bool = True) -> pa.Table:
         """`records` as an Arrow table, vectors as stored. Raises UserError for a torn shard or a vector with NaN."""
-        return pa.concat_tables(self._tables(split, columns, selected))
+        return pa.concat_tables(self.tables(split, columns, selected))
 
-    def _tables(self, split: str | None, columns: Sequence[str] | None, selected: bool) -> Iterator[pa.Table]:
-        """`table`, shard by shard."""
+    def tables(
+        self, split: str | None, columns: Sequence[str] | None = None, selected: bool = True
+    ) -> Iterator[pa.Table]:
+        """The parts of `table`, one per shard, so that only one shard need be in memory."""
         chosen = self.selection() if selected and self.manifest.has_selection else None
         needed = None if columns is None else list(dict.fromkeys([*columns, "record_id", "split", "status"]))
         for shard in self.manifest.shards:
@@ -75,8 +77,9 @@ class Dataset:
         return table["record_id"].combine_chunks()
 
 
-def _widened(records: list[Record]) -> list[Record]:
-    """Vectors as float32: float16 sums overflow at 65,504, so that even a norm is wrong in it."""
+def float32_records(table: pa.Table) -> list[Record]:
+    """Rows as dicts, vectors as float32: sums of float16 overflow at 65,504, so that even a norm is wrong in it."""
+    records = to_records(table)
     for record in records:
         for name, value in record.items():
             if isinstance(value, np.ndarray):

@@ -25,7 +25,7 @@ TENSOR_SUFFIXES = (".pkl", ".pt")
 
 def _storage(content: bytes) -> Any:
     """A tensor's storage from its bytes. Torch's own function of this place would unpickle them without any limit."""
-    return torch.load(io.BytesIO(content), weights_only=True)
+    return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
 
 
 def _bytes(text: str, encoding: str) -> bytes:

@@ -9,8 +9,8 @@ import lzma
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
@@ -24,32 +24,65 @@ from introspect_ray.errors import UserError
 RawRow = dict[str, Any]
 TextUnit = Literal["auto", "paragraph", "line", "file"]
 _COMPRESSIONS = (".gz", ".bz2", ".xz")
+_PATTERN = re.compile(r"[*?\[]")
 
 
 def read_rows(path: str, text_unit: TextUnit = "auto") -> list[RawRow]:
-    """All rows of a file in file order; `text_unit` says what a row of a txt file is.
+    """All rows of a file in file order, or of the files of one kind in a folder or of a glob, in order of their names.
 
-    Every problem of the file as a whole is a UserError that names it.
+    `text_unit` says what a row of a txt file is. Every problem of a file as a whole is a UserError that names it.
     """
+    return [row for file in _files(path) for row in _file_rows(file, text_unit)]
+
+
+def _files(path: str) -> list[str]:
+    """The files behind `path`. In a folder those count that lie directly in it and have a suffix of rows."""
+    is_local = "://" not in path or path.startswith("file://")
+    is_pattern = bool(_PATTERN.search(path))
+    if path.startswith(("http://", "https://")) or not (is_local or is_pattern or _kind(path) not in _READERS):
+        return [path]  # a web server lists nothing, and a request about what surely is a file would be wasted
+    with storage_errors(f"source {path} cannot be read", (FileNotFoundError,)):
+        filesystem, root = fsspec.core.url_to_fs(path)
+        if is_pattern and not filesystem.exists(root):
+            entries, state = filesystem.glob(root, detail=True).values(), "matches no file"
+        elif filesystem.isdir(root):
+            entries = [
+                entry
+                for entry in filesystem.ls(root, detail=True)
+                if _kind(entry["name"]) in _READERS and not PurePosixPath(entry["name"]).name.startswith((".", "_"))
+            ]
+            state = f"is a folder without a file of rows, expected one of {', '.join(_READERS)} (or with .gz)"
+        else:
+            return [path]
+        names = sorted(entry["name"] for entry in entries if entry["type"] == "file")
+        found = names if is_local else [filesystem.unstrip_protocol(name) for name in names]
+    if not found:
+        raise UserError(f"source {path} {state}")
+    kinds = sorted({_kind(file) for file in found})
+    if len(kinds) > 1:
+        raise UserError(
+            f"source {path} holds files of several kinds ({', '.join(kinds)}): name one, such as *{kinds[0]}"
+        )
+    return found
+
+
+def _kind(path: str) -> str:
+    """The suffix that says what a file holds, whether or not it is compressed."""
     name = PurePosixPath(path.split("?")[0])
-    kind = PurePosixPath(name.stem).suffix if name.suffix.lower() in _COMPRESSIONS else name.suffix
-    readers: dict[str, Callable[[str, bytes], list[Any]]] = {
-        ".json": _json,
-        ".jsonl": _jsonl,
-        ".ndjson": _jsonl,
-        ".csv": _csv,
-        ".parquet": _parquet,
-        ".txt": partial(_texts, unit=text_unit),
-    }
-    if kind.lower() not in readers:
-        expected = ", ".join(readers)
+    return (PurePosixPath(name.stem) if name.suffix.lower() in _COMPRESSIONS else name).suffix.lower()
+
+
+def _file_rows(path: str, text_unit: TextUnit) -> list[RawRow]:
+    kind = _kind(path)
+    if kind not in _READERS:
+        expected = ", ".join(_READERS)
         raise UserError(
             f"source {path}: the name ends in {kind or 'no suffix'!r}, expected one of {expected} (or with .gz)"
         )
     content = _read(path)
     if not content.strip():
         raise UserError(f"source {path} is empty, expected at least one row")
-    rows = readers[kind.lower()](path, content)
+    rows = _READERS[kind](path, content, text_unit)
     if not rows:
         raise UserError(f"source {path} holds no rows, expected at least one")
     for number, row in enumerate(rows):
@@ -132,10 +165,31 @@ def _texts(path: str, content: bytes, unit: TextUnit) -> list[Any]:
 
 
 def _parquet(path: str, content: bytes) -> list[Any]:
+    with _parquet_file(path, io.BytesIO(content)) as file:
+        return file.read().to_pylist()
+
+
+@contextmanager
+def open_parquet(path: str) -> Iterator[pq.ParquetFile]:
+    """A Parquet file to be read in parts. A problem of it, met inside the block too, is a UserError that names it."""
     try:
-        with pq.ParquetFile(io.BytesIO(content)) as file:
+        with (
+            storage_errors(f"source {path} cannot be read", (FileNotFoundError, pa.ArrowException, OSError)),
+            fsspec.open(path, "rb") as content,
+            _parquet_file(path, content) as file,
+        ):
+            yield file
+    except FileNotFoundError:
+        raise UserError(f"source {path} does not exist") from None
+
+
+@contextmanager
+def _parquet_file(path: str, content: Any) -> Iterator[pq.ParquetFile]:
+    try:
+        # With a buffer a column is read piece by piece, not a whole row group of it at once.
+        with pq.ParquetFile(content, buffer_size=1 << 20, page_checksum_verification=True) as file:
             _check_columns(path, file.schema_arrow.names)
-            return file.read().to_pylist()
+            yield file
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"source {path} is not a complete Parquet file: {error}") from None
 
@@ -145,3 +199,14 @@ def _check_columns(path: str, names: Sequence[str]) -> None:
     for name, count in Counter(names).items():
         if count > 1:
             raise UserError(f"source {path} has the column {name!r} twice, expected every name once")
+
+
+_READERS: dict[str, Callable[[str, bytes, TextUnit], list[Any]]] = {
+    ".json": lambda path, content, _: _json(path, content),
+    ".jsonl": lambda path, content, _: _jsonl(path, content),
+    ".ndjson": lambda path, content, _: _jsonl(path, content),
+    ".csv": lambda path, content, _: _csv(path, content),
+    ".parquet": lambda path, content, _: _parquet(path, content),
+    ".txt": _texts,
+}
+"""Suffix -> rows of a file's content."""

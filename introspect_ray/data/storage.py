@@ -123,6 +123,13 @@ class Folder:
         with storage_errors(f"{self.url}/{name} cannot be deleted", _ABSENT), suppress(FileNotFoundError):
             filesystem.rm_file(f"{root}/{name}")
 
+    def clear(self) -> None:
+        """Delete all that is inside, folders too."""
+        filesystem, root = self._open()
+        for name in self.names():
+            with storage_errors(f"{self.url}/{name} cannot be deleted", _ABSENT), suppress(FileNotFoundError):
+                filesystem.rm(f"{root}/{name}", recursive=True)
+
 
 def _write_local(filesystem: LocalFileSystem, path: str, content: bytes) -> None:
     parent, _, last = path.rpartition("/")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -25,7 +25,8 @@ from introspect_ray.models.paths import check_model, load_error, resolve_device,
 def load_model(config: ModelConfig) -> PreTrainedModel:
     """The causal language model of `config`, in eval mode and frozen, on its device or devices.
 
-    Raises `UserError` if it cannot be loaded, or if the checkpoint lacks weights (they would be random).
+    Raises `UserError` if it cannot be loaded, if the checkpoint lacks weights (they would be random), or if the GPUs of
+    this process do not hold it.
     """
     check_model(config)
     device = resolve_device(config.device)
@@ -52,7 +53,10 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         )
     if config.quantization != "none":
         _keep_packing(model)
-    if config.quantization == "none" and config.device_map == "none":
+    if config.device_map != "none":
+        # transformers leaves no map where one device holds all.
+        check_placement(config, getattr(model, "hf_device_map", {"": model.device}), device)
+    elif config.quantization == "none":
         model = model.to(device)
     return model.eval().requires_grad_(False)
 
@@ -82,6 +86,21 @@ def _keep_packing(model: PreTrainedModel) -> None:
         state = getattr(module, "quant_state", None)
         if state is not None and (state.shape[1] % state.blocksize or state.shape[0] % 32):
             cast(Any, module).support_avx512bf16_for_cpu = False
+
+
+def check_placement(config: ModelConfig, placed: Mapping[str, Any], device: torch.device) -> None:
+    """Refuse a model of which a part lies beside the GPUs or on disk, from where it would be moved at every pass.
+
+    `placed` says where each module is (accelerate); `device` is what `auto` means here.
+    """
+    slow = ("disk",) if device.type == "cpu" else ("disk", "cpu")
+    beside = [name for name, where in placed.items() if str(where) in slow]
+    if beside:
+        raise UserError(
+            f"model path '{config.path}' does not fit: device_map {config.device_map} left {len(beside)} of"
+            f" {len(placed)} parts outside of the memory of {device.type} devices, e.g. {beside[0] or 'all'}; give the"
+            " process more GPUs (actors.num_gpus), or set quantization to nf4"
+        )
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

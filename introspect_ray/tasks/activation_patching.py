@@ -38,7 +38,7 @@ from introspect_ray.tasks.base import (
     stable_id,
     too_long,
 )
-from introspect_ray.tasks.verdict import VerdictTask
+from introspect_ray.tasks.verdict import NO_TEXT, VerdictTask, has_text
 
 KINDS = ("subject_end", "relation", "original_option", "new_option", "other_option", "question")
 """P1's six kinds of positions: the last token of the subject, factual prompt, three options, and whole prompt."""
@@ -193,12 +193,19 @@ class ActivationPatching(VerdictTask):
             yield failed(item, "no_position_found", f"none of {', '.join(KINDS)} in both prompts")
             return
         one, other = pair
-        before = int(clean.logits.argmax())
-        original = token_text(target.tokenizer, before)
+        original = token_text(target.tokenizer, int(clean.logits.argmax()))
+        if not has_text(original):
+            yield failed(item, NO_TEXT, f"without a patch the target says {original!r}")
+            return
         for (block, kind), vector, token in zip(cells, vectors, after, strict=True):
-            position = one.positions[kind]
+            position, content = one.positions[kind], token_text(target.tokenizer, token)
+            record_id = stable_id(item["item_id"], block, kind)
+            if not has_text(content):
+                detail = f"patched at {kind} in block {block} the target says {content!r}"
+                yield {**failed(item, NO_TEXT, detail), "record_id": record_id}
+                continue
             yield {
-                "record_id": stable_id(item["item_id"], block, kind),
+                "record_id": record_id,
                 "status": OK,
                 "detail": None,
                 **{key: item[key] for key in ("item_id", "split", "group", "subject", "other_subject", "relation_id")},
@@ -211,8 +218,8 @@ class ActivationPatching(VerdictTask):
                 "token_start": one.offsets[position][0],
                 "token_end": one.offsets[position][1],
                 "original": original,
-                "content": token_text(target.tokenizer, token),
-                "changed": token != before,
+                "content": content,
+                "changed": content != original,
                 "vector": vector.cpu().numpy(),
             }
 
@@ -277,7 +284,7 @@ def _pairs(
 ) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
     """(x, x') of different subjects and answers, at most `partners` for every x, within groups outside training."""
     clusters: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for row in sorted(rows, key=lambda row: stable_id(row["subject"], row["row"])):
+    for row in sorted(rows, key=lambda row: stable_id(row["subject"], row["target_true"])):
         clusters["" if split == "train" else groups[row["subject"]]].append(row)
     for _, cluster in sorted(clusters.items()):
         for index, one in enumerate(cluster):

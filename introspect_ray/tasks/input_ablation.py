@@ -2,12 +2,12 @@
 
 The target answers with the hint and without it (the hint's characters ablated). Does its answer change, and to what?
 Against P1: greedy next token of the plain prompt; an answer that names no option is kept as a row with that reason. A
-marked span is treated as a hint is, except that the target continues the text as it likes.
+marked span is treated as a hint is, except that the target continues the text as it likes; a continuation without text
+is kept as a row with that reason, too.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -31,7 +31,7 @@ from introspect_ray.tasks.base import (
     stable_id,
     too_long,
 )
-from introspect_ray.tasks.verdict import VerdictTask
+from introspect_ray.tasks.verdict import NO_TEXT, VerdictTask, has_text
 
 MARKED = "marked span"
 """What `hint_is` says of a span that the source marks."""
@@ -106,7 +106,7 @@ class InputAblation(VerdictTask):
                     "hinted": _hinted(row, settings, config.seed),
                 }
             item = {"split": split_of(key[1]), "group": stable_id(*key), "subject": row["subject"], **content}
-            item_id = stable_id(self.name, item, row["row"], settings.model_dump())
+            item_id = stable_id(self.name, item, settings.model_dump())
             plan.items.append({"item_id": item_id, **item})
         return plan
 
@@ -146,6 +146,9 @@ class InputAblation(VerdictTask):
         config: InputAblationConfig,
     ) -> Record:
         if "span" in item:
+            for answer, which in ((with_hint, "with"), (without_hint, "without")):
+                if not has_text(answer):
+                    return failed(item, NO_TEXT, f"{which} the span the target says {answer!r}")
             about = {"hint": text[slice(*span)].strip(), "hint_is": MARKED, "correct": None}
         else:
             answers = answers_of(item["choices"], config)
@@ -211,10 +214,9 @@ def _unsayable(target: Target, item: Item, config: InputAblationConfig) -> Recor
 
 
 def _hinted(row: Mapping[str, Any], config: InputAblationConfig, seed: int) -> int:
-    """Index of the hinted option: a stable draw per question and seed."""
+    """Index of the hinted option: a stable draw per question, its options, and seed."""
     answer, count = int(row["answer"]), len(row["choices"])
-    digest = hashlib.blake2b(f"{seed}/{row['row']}/{row['question']}".encode(), digest_size=8).digest()
-    draw = int.from_bytes(digest, "big")
+    draw = int(stable_id("hint", seed, row["question"], list(row["choices"]), answer), 16)
     if config.policy == "correct":
         return answer
     if config.policy == "wrong":

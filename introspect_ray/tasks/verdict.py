@@ -11,6 +11,14 @@ from typing import ClassVar
 
 from introspect_ray.tasks.base import Answer, Record
 
+NO_TEXT = "answer_has_no_text"
+"""Status of a record whose answer, with or without the intervention, is blank or a part of a character."""
+
+
+def has_text(answer: str) -> bool:
+    """Whether what a target says, outer blanks removed, can be told: not blank, and no part of a character."""
+    return bool(answer) and "\ufffd" not in answer
+
 
 @dataclass(frozen=True)
 class VerdictWording:

@@ -120,7 +120,7 @@ FILES = {
 }  # fmt: skip
 PLACES = {
     "no such file": "does not exist",
-    "a folder": "is a folder, expected a file",
+    "a folder": "is a folder without a file of rows",
     "unknown scheme": "xyz://a.json cannot be read: Protocol not known: xyz",
     "web server that does not answer": "a.jsonl cannot be read: ",
     "bucket that does not answer": "a.jsonl cannot be read: Could not connect to the endpoint URL",

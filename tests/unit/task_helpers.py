@@ -44,6 +44,25 @@ def says_only(target: Target, words: Sequence[str]) -> None:
         head[[one[0] for one in ids]] = kept - kept.mean(0)
 
 
+def says_text(target: Target) -> None:
+    """Make tokens unlikely that are blank or a part of a character."""
+    head = target.model.get_output_embeddings().weight
+    said = [target.tokenizer.decode([token]).strip() for token in range(len(head))]
+    unsaid = torch.tensor([not text or "\ufffd" in text for text in said])
+    with torch.no_grad():
+        head[unsaid] = 0
+
+
+def say_various(target: Target, texts: Sequence[str]) -> None:
+    """Take out of the head what the last hidden states of `texts` share, so that no token wins on all of them."""
+    head = target.model.get_output_embeddings().weight
+    with torch.no_grad():
+        ids = [torch.tensor([target.encode(text)]) for text in texts]
+        shared = torch.stack([target.model.model(input_ids=one).last_hidden_state[0, -1] for one in ids]).mean(0)
+        shared /= shared.norm()
+        head -= torch.outer(head @ shared, shared)
+
+
 def greedy(target: Target, text: str) -> str:
     """The most likely next token after `text`, by one plain forward pass."""
     ids = target.tokenizer(text).input_ids

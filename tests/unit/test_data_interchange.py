@@ -4,6 +4,7 @@ import json
 import pickle
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -114,12 +115,62 @@ def test_what_went_out_comes_back(exported, target, tmp_path):
         )
 
     assert contents(back.output) == contents(ours)
+    shards = open_dataset(back.output).manifest.shards
+    assert [shard.num_rows for shard in shards[:-1]] == [50] * (len(shards) - 1) and shards[-1].num_rows <= 50
     assert inspect_dataset(back.output, 1).problems == []
     again = back.model_copy(update={"action": "to_published", "source": back.output, "output": str(tmp_path / "again")})
     interchange.to_published(again)
     for split in open_dataset(ours).manifest.selected:
-        one, other = (pq.read_table(f"{url}/{split}.parquet") for url in (convert.output, again.output))
-        assert sorted(map(repr, one.to_pylist())) == sorted(map(repr, other.to_pylist()))
+        files = sorted((tmp_path / "again").glob(f"{split}*.parquet"))
+        one, others = pq.read_table(f"{convert.output}/{split}.parquet"), [pq.read_table(file) for file in files]
+        assert max(table.num_rows for table in others) <= 50
+        if len(files) > 1:
+            total = f"of-{len(files):05d}"
+            assert [file.stem for file in files] == [f"{split}-{n:05d}-{total}" for n in range(len(files))]
+        assert sorted(map(repr, one.to_pylist())) == sorted(repr(row) for table in others for row in table.to_pylist())
+
+
+def test_a_conversion_that_fails_halfway_leaves_nothing(exported, target, tmp_path):
+    task, _, convert, _ = exported
+    (tmp_path / "in").mkdir()
+    table = pq.read_table(f"{convert.output}/train.parquet")
+    half = table.num_rows // 2
+    column = "counterfactual_text" if task == "activation_patching" else "hint"
+    marked = [f"{row} mark of the second half" if row >= half else "x" for row in range(table.num_rows)]
+    place = table.schema.get_field_index(column)
+    table = table.set_column(place, table.schema.field(place), pa.array(marked))
+    damaged = tmp_path / "in" / "train.parquet"
+    pq.write_table(table, damaged, row_group_size=half, compression="none", write_page_checksum=True)
+    content = damaged.read_bytes()
+    place = content.index(b"mark of the second half", len(content) // 3)
+    damaged.write_bytes(content[:place] + b"XXXX" + content[place + 4 :])
+    values = {"action": "from_published", "source": str(tmp_path / "in"), "target": {"path": target[1]}}
+    config = ConvertConfig.model_validate({**values, "output": str(tmp_path / "out"), "records_per_shard": 4})
+    with pytest.raises(UserError, match=r"source .*train.parquet is not a complete Parquet file"):
+        interchange.from_published(config)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("position", "line"),
+    [(pa.string(), "is string, expected a struct with"), (pa.struct([("orig_pos", pa.int64())]), "expected a struct")],
+)
+def test_a_patch_position_of_another_type_is_refused(target, tmp_path, position, line):
+    (tmp_path / "in").mkdir()
+    schema = pa.schema(
+        [one if one.name != "patch_position" else one.with_type(position) for one in interchange.ACT_PATCH]
+    )
+    pq.write_table(schema.empty_table(), tmp_path / "in" / "train.parquet")
+    values = {"action": "from_published", "source": str(tmp_path / "in"), "target": {"path": target[1]}}
+    config = ConvertConfig.model_validate({**values, "output": str(tmp_path / "out")})
+    with pytest.raises(UserError, match=line):
+        interchange.from_published(config)
+    pq.write_table(interchange.ACT_PATCH.empty_table(), tmp_path / "in" / "train.parquet")
+    with pytest.raises(UserError, match="holds no rows"):
+        interchange.from_published(config)
+    pq.write_table(interchange.INPUT_ABLATION.empty_table(), tmp_path / "in" / "test.parquet")
+    with pytest.raises(UserError, match="files of activation_patching and of input_ablation, expected one task"):
+        interchange.from_published(config)
 
 
 def test_rows_that_do_not_fit_are_counted(target, tmp_path, exported):
@@ -132,13 +183,15 @@ def test_rows_that_do_not_fit_are_counted(target, tmp_path, exported):
         rows[2]["patch_position"]["orig_text_token"] = "elsewhere"
         rows[3]["patch_position"]["intervention_vector"] = [1.0]
         rows[4]["patch_position"]["intervention_vector"][0] = float("nan")
+        rows[5]["patch_position"]["intervention_vector"][0] = 1e6  # overflows in float16
         rows.append(rows[0])
-        reasons = ("position_out_of_range", "token_is_another", "vector_width", "vector_not_finite", "duplicate_row")
+        names = ("position_out_of_range", "token_is_another", "vector_width", "vector_not_finite", "duplicate_row")
+        reasons = dict.fromkeys(names, 1) | {"vector_not_finite": 2}
     else:
         rows[1]["hint"] = "no such hint"
         rows[2]["zeroshot_prediction"] = None
         rows.append(rows[0])
-        reasons = ("hint_not_found", "missing_value", "duplicate_row")
+        reasons = dict.fromkeys(("hint_not_found", "missing_value", "duplicate_row"), 1)
     pq.write_table(table.schema.empty_table().from_pylist(rows, schema=table.schema), tmp_path / "in" / "train.parquet")
     pq.write_table(table, tmp_path / "in" / "train_full.parquet")
     config = ConvertConfig.model_validate(
@@ -151,9 +204,9 @@ def test_rows_that_do_not_fit_are_counted(target, tmp_path, exported):
     )
     line = interchange.from_published(config)
     manifest = open_dataset(config.output).manifest
-    assert manifest.source.rejected == dict.fromkeys(reasons, 1)
+    assert manifest.source.rejected == reasons
     assert manifest.source.rows == 7 and manifest.source.used == manifest.num_records
-    assert all(f"1 rows left out: {reason}" in line for reason in reasons)
+    assert all(f"{count} rows left out: {reason}" in line for reason, count in reasons.items())
     with pytest.raises(UserError, match="is not empty"):
         interchange.from_published(config)
     pq.write_table(table.drop_columns([table.schema.names[1]]), tmp_path / "in" / "train.parquet")

@@ -5,6 +5,7 @@ import io
 import json
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -269,16 +270,56 @@ def test_a_bad_file_is_one_clear_line(tmp_path, name, content, line):
     assert message.startswith(f"source {path}") and line in message and "\n" not in message
 
 
+def test_a_folder_and_a_glob_are_the_rows_of_their_files_in_order_of_names(tmp_path):
+    folder = tmp_path / "rows.json"
+    (folder / "deeper").mkdir(parents=True)
+    questions = [question(f"Is it {number}?") for number in range(6)]
+    # Written in another order than that of the names.
+    jsonl(folder / "b.jsonl", questions[2:4])
+    jsonl(folder / "a.jsonl", [*questions[:2], questions[2]])
+    (folder / "c.jsonl.gz").write_bytes(gzip.compress(json.dumps(questions[4]).encode()))
+    for name in ("README.md", "_SUCCESS", ".hidden.csv", "_part.csv"):
+        (folder / name).write_text("not rows")
+    jsonl(folder / "deeper" / "d.jsonl", questions[5:])
+    for path in (folder, f"{folder}/", folder / "*.jsonl*", f"file://{folder}", f"file://{folder}/?.jsonl*"):
+        source = load(path, "mmlu")
+        asked = [(row["question"], row["row"]) for row in source.rows]
+        assert asked == [(f"Is it {number}?", row) for number, row in enumerate((0, 1, 2, 4, 5))]
+        assert source.rejected == [(3, "duplicate_row")] and source.num_rows == 6
+    assert [row["question"] for row in load(folder / "*.jsonl", "mmlu", limit=2).rows] == ["Is it 0?", "Is it 1?"]
+    assert load(folder / "**" / "*.jsonl", "mmlu").rows[-1]["question"] == "Is it 5?"
+    (folder / "b.jsonl").write_text("{")
+    with pytest.raises(UserError, match=r"source .*/b.jsonl, line 1 is not valid JSON"):
+        load(folder, "mmlu")
+    (folder / "e.csv").write_text("question\nx\n")
+    with pytest.raises(UserError, match=r"holds files of several kinds \(.csv, .jsonl\): name one, such as \*.csv"):
+        load(folder, "mmlu")
+    # A name may hold what a pattern is made of.
+    assert len(load(jsonl(tmp_path / "a[1]*.jsonl", questions), "mmlu").rows) == 6
+
+
+def test_a_folder_of_an_object_store():
+    files = fsspec.filesystem("memory")
+    for name in "ab":
+        files.pipe_file(f"/bucket/rows/{name}.jsonl", json.dumps(question(f"Is it {name}?")).encode())
+    for path in ("memory://bucket/rows", "memory://bucket/rows/", "memory://bucket/*/?.jsonl"):
+        assert [row["question"] for row in load(path, "mmlu").rows] == ["Is it a?", "Is it b?"]
+    with pytest.raises(UserError, match="the name ends in 'no suffix'"):
+        load("memory://bucket/other", "mmlu")
+
+
 def test_missing_file_folder_and_format(tmp_path):
     for path, line in (
         (tmp_path / "no.json", "does not exist"),
-        (tmp_path, "the name ends in"),
+        (tmp_path / "no-suffix", "the name ends in"),
+        (tmp_path, "is a folder without a file of rows"),
+        (tmp_path / "*.json", "matches no file"),
         ("xyz://a.json", "cannot be read"),
     ):
         with pytest.raises(UserError, match=line):
             load(path, "mmlu")
     (tmp_path / "folder.json").mkdir()
-    with pytest.raises(UserError, match="is a folder"):
+    with pytest.raises(UserError, match="is a folder without a file of rows"):
         load(tmp_path / "folder.json", "mmlu")
     with pytest.raises(UserError, match="no row has 'template' or 'attribute', which format known_facts needs"):
         load(jsonl(tmp_path / "a.jsonl", [FACT]), "known_facts", format="known_facts")

@@ -7,13 +7,13 @@ from safetensors.torch import load_file, save_file
 from tiny_models import randomized, tiny_model, tiny_tokenizer
 from transformers import BertConfig, LlamaConfig, LlamaForCausalLM
 
-from introspect_ray.config import ModelConfig
+from introspect_ray.config import ActorConfig, GenerateConfig, ModelConfig
 from introspect_ray.errors import UserError
 from introspect_ray.interventions.hooked import hooked_logits
 from introspect_ray.interventions.target import Target
 from introspect_ray.interventions.types import Intervention
 from introspect_ray.models import paths
-from introspect_ray.models.loading import load_model, load_tokenizer
+from introspect_ray.models.loading import check_placement, load_model, load_tokenizer
 from introspect_ray.models.paths import check_model, resolve_device, resolve_model_path
 
 
@@ -142,3 +142,29 @@ def test_a_device_map_places_the_layers_and_excludes_a_device(folder):
     assert {parameter.device.type for parameter in model.parameters()} == {resolve_device("auto").type}
     with pytest.raises(ValidationError, match="device_map auto chooses devices itself: found device cpu"):
         ModelConfig(path=str(folder), device="cpu", device_map="auto")
+    with pytest.raises(ValidationError, match=r"device_map auto spreads layers .*: set actors.num_gpus, found 0"):
+        GenerateConfig(target=ModelConfig(path=str(folder), device_map="auto"))
+    GenerateConfig(target=ModelConfig(path=str(folder), device_map="auto"), actors=ActorConfig(num_gpus=0.5))
+
+
+def test_a_model_that_its_gpus_do_not_hold_is_refused():
+    config = ModelConfig(path="big", device_map="auto")
+    on_gpus = {
+        "model.embed_tokens": 0,
+        "model.layers.0": 0,
+        "model.layers.1": torch.device("cuda:1"),
+        "lm_head": "cuda:1",
+    }
+    check_placement(config, on_gpus, torch.device("cuda"))
+    check_placement(config, {"": "cpu"}, torch.device("cpu"))
+    for placed, beside, device in (
+        ({**on_gpus, "model.layers.1": "cpu"}, "1 of 4 parts", "cuda"),
+        ({**on_gpus, "model.layers.1": "disk", "lm_head": torch.device("cpu")}, "2 of 4 parts", "cuda"),
+        ({"": torch.device("cpu")}, "1 of 1 parts", "cuda"),
+        ({"model": "cpu", "lm_head": "disk"}, "1 of 2 parts", "cpu"),
+    ):
+        line = refused(check_placement, config, placed, torch.device(device))
+        assert (
+            line.startswith("model path 'big' does not fit")
+            and f"left {beside} outside of the memory of {device}" in line
+        )

@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 import pyarrow as pa
 import pytest
 import torch
-from task_helpers import WIDTH, fact, split_by, tiny_target
+from task_helpers import WIDTH, fact, say_various, says_only, says_text, split_by, tiny_target
 from tiny_models import blocks_of, clean_residuals
 
 from introspect_ray.config import ActivationPatchingConfig, GenerateConfig, SplitConfig
@@ -81,7 +81,10 @@ def test_rows_that_no_pair_uses_are_rejected_with_the_reason():
 def test_items_do_not_depend_on_the_order_of_rows_and_their_ids_are_pinned():
     rows = many_facts()
     by_id = {item["item_id"]: item for item in TASK.plan(rows, CONFIG, SPLIT).items}
-    assert {item["item_id"]: item for item in TASK.plan(rows[::-1], CONFIG, SPLIT).items} == by_id
+    for other_order in (rows[::-1], rows[1::2] + rows[::2]):
+        for numbers in (0, 1000):
+            moved = [{**row, "row": number + numbers} for number, row in enumerate(other_order)]
+            assert {item["item_id"]: item for item in TASK.plan(moved, CONFIG, SPLIT).items} == by_id
     other = GenerateConfig(activation_patching=ActivationPatchingConfig(instruction=" ({options})"))
     assert not by_id.keys() & {item["item_id"] for item in TASK.plan(rows, other, SPLIT).items}
     pair = [fact(0, "Ann", "Rome"), fact(1, "Bob", "Oslo")]
@@ -111,6 +114,7 @@ FACTS = [
         zip(SUBJECTS, ("Rome", "Oslo", "São Tomé", "Oslo", "Rome", "Bern"), strict=True)
     )
 ]
+PROMPTS = [row["prompt"] + CONFIG.activation_patching.instruction for row in FACTS]
 
 
 def patched(model, ids, layers, position, vector):
@@ -161,6 +165,8 @@ def token_at(tokenizer, text, character):
 def generated(request):
     """(target, items by id, records), as a worker makes them."""
     target = tiny_target(*request.param)
+    says_text(target)
+    say_various(target, PROMPTS)
     plan = TASK.plan(FACTS, CONFIG, lambda _: "train")
     assert not plan.rejected
     return target, {item["item_id"]: item for item in plan.items}, generate_records(TASK, target, plan.items, CONFIG)
@@ -206,7 +212,49 @@ def test_truth_is_what_a_plain_forward_pass_says(generated):
         after = patched(model, ids, record["layers"], position, vector)
         assert record["original"] == tokenizer.decode([before]).strip()
         assert record["content"] == tokenizer.decode([after]).strip()
-        assert record["changed"] is (after != before)
+        assert record["changed"] is (record["content"] != record["original"])
+
+
+def test_two_tokens_that_say_the_same_are_no_change():
+    target = tiny_target("llama", bos=True)
+    says_only(target, (" c", "c"))
+    say_various(target, PROMPTS)
+    records = generate_records(TASK, target, TASK.plan(FACTS, CONFIG, lambda _: "train").items, CONFIG)
+    assert {(record["original"], record["content"], record["changed"]) for record in records} == {("c", "c", False)}
+    spoken = set()
+    for record in records[::17]:
+        ids = target.tokenizer(record["text"]).input_ids
+        vector = torch.tensor(record["vector"])
+        spoken.add(patched(target.model, ids, record["layers"], record["position"], vector))
+    assert len(spoken) == 2, "patches did lead to another token"
+
+
+@pytest.mark.parametrize("unsaid", ["\n", "\x80"], ids=["blank", "part of a character"])
+def test_an_answer_without_text_is_a_row_with_that_reason(unsaid):
+    target = tiny_target("llama", bos=True)
+    says_only(target, ("A", "B"))
+    head, tokenizer = target.model.get_output_embeddings().weight, target.tokenizer
+    # The byte 0x80 alone, which no text can spell.
+    token = tokenizer.convert_tokens_to_ids("\u0122") if unsaid == "\x80" else tokenizer(unsaid).input_ids[-1]
+    says = tokenizer.decode([token]).strip()
+    assert says in ("", "\ufffd")
+    other = tokenizer("B", add_special_tokens=False).input_ids[0]
+    with torch.no_grad():
+        head[token], head[other] = head[other].clone(), 0
+    items = TASK.plan(FACTS, CONFIG, lambda _: "train").items
+    records = generate_records(TASK, target, items, CONFIG)
+    assert {record["status"] for record in records} == {"ok", "answer_has_no_text"}
+    whole, cells = set(), set()
+    for record in records:
+        if record["status"] == "ok":
+            assert (record["original"], record["content"], record["changed"]) == ("A", "A", False)
+        elif record["detail"] == f"without a patch the target says {says!r}":
+            whole.add(record["item_id"])
+        else:
+            assert record["detail"].startswith("patched at ") and record["detail"].endswith(f"says {says!r}")
+            cells.add(record["record_id"])
+    counts = Counter(record["item_id"] for record in records)
+    assert cells and all(counts[item["item_id"]] == (1 if item["item_id"] in whole else 24) for item in items)
 
 
 def test_an_item_alone_gives_the_records_that_it_gives_among_others(generated):

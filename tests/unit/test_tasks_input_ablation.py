@@ -5,7 +5,7 @@ from itertools import permutations
 
 import pyarrow as pa
 import pytest
-from task_helpers import WIDTH, greedy, says_only, tiny_target
+from task_helpers import WIDTH, greedy, say_various, says_only, says_text, tiny_target
 
 from introspect_ray.config import POCKET_QUESTIONS, GenerateConfig, InputAblationConfig
 from introspect_ray.data.writer import generate_records
@@ -91,6 +91,24 @@ def test_questions_of_one_stem_share_group_and_split():
     assert [item["item_id"] for item in again] == [item["item_id"] for item in plan.items]
 
 
+def test_a_question_keeps_id_and_hint_wherever_it_stands_in_the_source():
+    spans = [
+        {"row": 300 + start, "text": "the cat sat on the mat", "span": [start, start + 4], "subject": "text"}
+        for start in range(0, 16, 4)
+    ]
+    rows = [question(row, answer=row % 4) for row in range(200)] + spans
+    by_content = {row.get("question", str(row.get("span"))): row for row in rows}
+    assert len(by_content) == len(rows)
+    whole = {item["item_id"]: item for item in items_of(rows, with_policy("random"))}
+    moved = [{**row, "row": number} for number, row in enumerate(reversed(rows[::3]))]
+    thinned = items_of(moved, with_policy("random"))
+    assert [whole[item["item_id"]] for item in thinned] == thinned
+    # Other options under one stem are another question, with a hint of its own.
+    stem = {"question": "Which is it?", "subject": "trivia", "answer": 0}
+    drawn = [{**stem, "row": row, "choices": [f"{row}{place}" for place in range(4)]} for row in range(60)]
+    assert len({item["hinted"] for item in items_of(drawn, with_policy("random"))}) == 4
+
+
 # --- generate ---------------------------------------------------------------------------------------------------
 
 
@@ -138,6 +156,7 @@ def test_records_say_what_two_greedy_answers_say(config, said, family, bos):
 
 def test_any_marked_span_of_a_text_is_ablated_as_a_hint_is():
     target = tiny_target("llama", bos=True)
+    says_text(target)
     texts = [f"the {word} sat on the {other} number {row}" for row, (word, other) in enumerate(permutations(WORDS, 2))]
     rows = [
         {"row": 2 * row + half, "text": text, "span": [start, start + 4], "subject": "text"}
@@ -159,6 +178,22 @@ def test_any_marked_span_of_a_text_is_ablated_as_a_hint_is():
         assert "correct answer" not in TASK.display(record)[1]
     assert len({record["changed"] for record in records}) == 2
     pa.Table.from_pylist(records, TASK.schema(WIDTH, LETTERS))
+
+
+def test_a_span_after_which_the_target_says_nothing_is_a_row_with_that_reason():
+    target = tiny_target("llama", bos=True)
+    says_only(target, ("\n", "A"))
+    rows = [
+        {"row": row, "text": f"the cat sat on number {row}", "span": [0, 4], "subject": "text"} for row in range(12)
+    ]
+    say_various(target, [row["text"] for row in rows])
+    records = generate_records(TASK, target, TASK.plan(rows, LETTERS, lambda _: "test").items, LETTERS)
+    details = set()
+    for row, record in zip(rows, records, strict=True):
+        said = (greedy(target, row["text"]), greedy(target, row["text"][4:]))
+        assert record["status"] == ("ok" if all(said) else "answer_has_no_text")
+        details.add(record["detail"])
+    assert {f"{which} the span the target says ''" for which in ("with", "without")} & details
 
 
 def test_an_answer_that_names_no_option_is_a_row_with_that_reason():
