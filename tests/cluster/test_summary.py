@@ -20,4 +20,4 @@ def test_a_target_that_took_a_slower_way_is_named(tmp_path):
     notes = [note.message for note in inspect_dataset(config.output, 0, FakeTask()).notes]
     assert "slow in 3 of 6 shards: hooks" in notes
     none = Summary(config.output, manifest.model_copy(update={"shards": manifest.shards[:1]}), 6)
-    assert "slow" not in none.line
+    assert "; slow in" not in none.line
