@@ -27,7 +27,7 @@ WIDTH = 8
 
 
 def fake_target(config: GenerateConfig) -> Any:  # noqa: ARG001
-    return SimpleNamespace(width=WIDTH)
+    return SimpleNamespace(width=WIDTH, take_slow_reasons=str)
 
 
 def signing_target(config: GenerateConfig) -> Any:

@@ -77,7 +77,8 @@ class Summary:
         selected = ", ".join(f"{count} {split}" for split, count in self.manifest.selected.items())
         rejected = f" and {source.rows - source.used} rejected" if source.rows > source.used else ""
         records = f"{self.manifest.num_records} records from {source.used} source rows{rejected}{self._failures}"
-        return f"{start}: {records}; selected {selected}"
+        slow = "".join(f"; slow in {count} shards: {reason}" for reason, count in self.manifest.slow_shards.items())
+        return f"{start}: {records}; selected {selected}{slow}"
 
     @property
     def _failures(self) -> str:

@@ -306,6 +306,8 @@ def _manifest_findings(manifest: Manifest) -> Iterator[Finding]:
         if value != manifest.num_records:
             message = f"dataset.json says {manifest.num_records} records, {name} add up to {value}"
             yield Finding("manifest", message, True)
+    for reason, count in manifest.slow_shards.items():
+        yield Finding("manifest", f"slow in {count} of {len(manifest.shards)} shards: {reason}", False)
 
 
 def _count_findings(manifest: Manifest, reading: _Reading) -> Iterator[Finding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -67,6 +68,11 @@ class Manifest(BaseModel):
     """Split -> records to train and score on: those of selection.parquet if `has_selection`, else all that are ok."""
     has_selection: bool
     shards: tuple[ShardInfo, ...]
+
+    @property
+    def slow_shards(self) -> dict[str, int]:
+        """Why a target took a slower way than targets can -> shards that say so."""
+        return dict(Counter(shard.slow_because for shard in self.shards if shard.slow_because).most_common())
 
 
 def write_manifest(folder: Folder, manifest: Manifest) -> None:

@@ -25,11 +25,12 @@ from pydantic import BaseModel, ConfigDict
 from introspect_ray.data.storage import Folder
 from introspect_ray.tasks.base import Item, Record
 
-_RUN, _SHARD, _ROWS, _DIGEST = (
+_RUN, _SHARD, _ROWS, _DIGEST, _SLOW = (
     b"introspect_ray.run",
     b"introspect_ray.shard",
     b"introspect_ray.rows",
     b"introspect_ray.digest",
+    b"introspect_ray.slow",
 )
 ATTEMPTS_SUFFIX = ".attempts.json"
 
@@ -64,6 +65,8 @@ class ShardInfo(BaseModel):
     num_bytes: int
     digest: str
     """32 hex digits over the records in their order, independent of the Parquet encoding."""
+    slow_because: str = ""
+    """Why its target took a slower way than targets can, such as plain hooks; empty if it did not."""
 
 
 # --- tables -----------------------------------------------------------------------------------------------------
@@ -155,14 +158,19 @@ def parquet_bytes(table: pa.Table) -> bytes:
     return buffer.getvalue()
 
 
-def write_records(folder: Folder, order: ShardOrder, records: Sequence[Record], schema: pa.Schema) -> ShardInfo:
+def write_records(
+    folder: Folder, order: ShardOrder, records: Sequence[Record], schema: pa.Schema, slow_because: str = ""
+) -> ShardInfo:
     """Write a finished shard in one atomic step."""
     table = to_table(records, schema)
     digest = content_digest(table)
     metadata = {_RUN: order.run_key, _SHARD: str(order.index), _ROWS: str(table.num_rows), _DIGEST: digest}
+    metadata[_SLOW] = slow_because
     content = parquet_bytes(table.replace_schema_metadata(metadata))
     folder.write(order.name, content)
-    return ShardInfo(name=order.name, num_rows=table.num_rows, num_bytes=len(content), digest=digest)
+    return ShardInfo(
+        name=order.name, num_rows=table.num_rows, num_bytes=len(content), digest=digest, slow_because=slow_because
+    )
 
 
 def finished_shard(folder: Folder, order: ShardOrder) -> ShardInfo | None:
@@ -179,7 +187,13 @@ def finished_shard(folder: Folder, order: ShardOrder) -> ShardInfo | None:
     expected = {_RUN: order.run_key.encode(), _SHARD: str(order.index).encode(), _ROWS: str(rows).encode()}
     if rows == 0 or any(metadata.get(key) != value for key, value in expected.items()):
         return None
-    return ShardInfo(name=order.name, num_rows=rows, num_bytes=size, digest=metadata[_DIGEST].decode())
+    return ShardInfo(
+        name=order.name,
+        num_rows=rows,
+        num_bytes=size,
+        digest=metadata[_DIGEST].decode(),
+        slow_because=metadata.get(_SLOW, b"").decode(),
+    )
 
 
 def write_items(folder: Folder, order: ShardOrder, items: Sequence[Item]) -> None:

@@ -38,7 +38,8 @@ def write_shard(task: Task, target: Target, config: GenerateConfig, order: Shard
     schema = task.schema(target.width, config)
     attempt = Attempt(folder, order, run_id)
     records = generate_records(task, target, items, config, attempt)
-    info = write_records(folder, order, finite_records(records, items, schema), schema)
+    records = finite_records(records, items, schema)
+    info = write_records(folder, order, records, schema, target.take_slow_reasons())
     attempt.succeeded()
     return info
 

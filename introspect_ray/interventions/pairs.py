@@ -38,6 +38,9 @@ class PairedRuns:
         self._budget = budget
         self._window = attention_window(model)
         self._shares: bool | None = None
+        self._no_sharing = ""
+        self.apart_because = ""
+        """Why some of the last pairs could not share a prefix; empty if all could."""
 
     @torch.no_grad()
     def logits(self, pairs: Sequence[Pair]) -> PairLogits:
@@ -52,6 +55,8 @@ class PairedRuns:
         found = torch.empty(2, len(pairs), 0)
         sharing = [index for index, pair in enumerate(pairs) if self._shares and self._fits(pair)]
         apart = sorted(set(range(len(pairs))) - set(sharing))
+        too_long = not self._no_sharing and self._window and max(map(len, (*ones, *others))) > self._window
+        self.apart_because = f"prompts have more than {self._window} tokens" if too_long else self._no_sharing
         for indices, method in ((sharing, self._together), (apart, self._apart)):
             if indices:
                 logits = torch.stack(method([pairs[index] for index in indices]))
@@ -106,12 +111,13 @@ class PairedRuns:
         return selected_logits(self._model, count, ends, **inputs).unflatten(0, (2, -1))
 
     def _passes(self) -> bool:
-        """Whether two small pairs get the same logits as their whole prompts; the reason is logged if not."""
+        """Whether two small pairs get the same logits as their whole prompts; the reason is logged and kept if not."""
         vocabulary = text_config(self._model).vocab_size
         limit = min(self._window or 12, 12)
         one = [(7 * place + 3) % vocabulary for place in range(limit)]
         pairs = [(one, [*one[:4], *one[7:]]), ([*one[:3], *one[5:]], one)] if limit > 7 else []
         if not pairs:
+            self._no_sharing = f"an attention window of {limit} tokens is too short"
             return False
         try:
             found, expected = torch.stack(self._together(pairs)), torch.stack(self._apart(pairs))
@@ -123,6 +129,7 @@ class PairedRuns:
             if difference <= TOLERANCE.get(self._model.dtype, 0.0):
                 return True
             reason = f"logits differ by {difference:.2g} of what the difference between the two makes"
+        self._no_sharing = reason
         logger.warning("pairs of prompts of %s run apart: %s", type(self._model).__name__, reason)
         return False
 

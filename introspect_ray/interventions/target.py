@@ -37,7 +37,8 @@ class Target:
         self.tokenizer = tokenizer
         self._checked = False
         self._ladder: Ladder | None = None
-        self._told_of_window = False
+        self._no_ladder = ""
+        self._slow: set[str] = set()
         # What a batch keeps for later differs between these, and with it the memory that a token takes.
         self._budgets = {kind: padded_budget(model.device) for kind in ("clean", "answers", "hooked")}
         self._pairs = PairedRuns(model, padded_budget(model.device))
@@ -87,7 +88,10 @@ class Target:
 
         Raises `UserError` as `clean_runs` does.
         """
-        return self._pairs.logits(pairs)
+        logits = self._pairs.logits(pairs)
+        if self._pairs.apart_because:
+            self._slow.add(f"pairs of prompts run apart: {self._pairs.apart_because}")
+        return logits
 
     def patched_logits(
         self, runs: Sequence[CleanRun], interventions: Sequence[Sequence[Intervention]]
@@ -115,13 +119,24 @@ class Target:
     def _hooked(self, runs: Sequence[CleanRun], interventions: Sequence[Intervention]) -> Float[Tensor, "R V"]:
         return hooked_logits(self.model, runs, interventions, self._budgets["hooked"])
 
+    def take_slow_reasons(self) -> str:
+        """Why anything since the last call took a slower way than targets can; empty if nothing did.
+
+        A target works all the same, at a fraction of the speed, and what an actor logs is seldom read.
+        """
+        reasons, self._slow = sorted(self._slow), set()
+        return "; ".join(reasons)
+
     def _find_ladder(self) -> Ladder | None:
         """The ladder if this model passes the self-check, which runs at first use; the reason is logged if not."""
         if not self._checked:
             self._ladder, reason = checked_ladder(self.model)
             self._checked = True
             if self._ladder is None:
-                logger.warning("patched runs of %s use plain hooks: %s", type(self.model).__name__, reason)
+                self._no_ladder = f"patched runs of {type(self.model).__name__} use plain hooks: {reason}"
+                logger.warning(self._no_ladder)
+        if self._no_ladder:
+            self._slow.add(self._no_ladder)
         return self._ladder
 
     def _climbs(self, run: CleanRun) -> bool:
@@ -131,11 +146,8 @@ class Target:
             return False
         if ladder.window is None or len(run) <= ladder.window:
             return True
-        if not self._told_of_window:
-            logger.warning(
-                "prompts of more than %d tokens, the shortest attention window of %s, use plain hooks",
-                ladder.window,
-                type(self.model).__name__,
-            )
-            self._told_of_window = True
+        self._slow.add(
+            f"prompts of more than {ladder.window} tokens, the shortest attention window of"
+            f" {type(self.model).__name__}, use plain hooks"
+        )
         return False

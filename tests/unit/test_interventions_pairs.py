@@ -33,7 +33,9 @@ def seen_tokens(model):
 def test_both_answers_are_those_of_whole_prompts(family, caplog):
     model = tiny_model(family)
     with caplog.at_level(logging.WARNING):
-        one, other = Target(model, tiny_tokenizer()).paired_logits(PAIRS)
+        target = Target(model, tiny_tokenizer())
+        one, other = target.paired_logits(PAIRS)
+    assert target.take_slow_reasons() == ""
     expected = next_token_logits(model, [prompt for pair in PAIRS for prompt in pair])
     torch.testing.assert_close(one, expected[0::2], rtol=0, atol=1e-4)
     torch.testing.assert_close(other, expected[1::2], rtol=0, atol=1e-4)
@@ -54,7 +56,9 @@ def test_a_model_that_takes_no_mask_of_ours_runs_pairs_apart_and_says_why(caplog
     torch.manual_seed(0)
     model = MambaForCausalLM(config).eval()
     with caplog.at_level(logging.WARNING):
-        one, other = Target(model, tiny_tokenizer()).paired_logits(PAIRS[:2])
+        target = Target(model, tiny_tokenizer())
+        one, other = target.paired_logits(PAIRS[:2])
+    assert target.take_slow_reasons().startswith("pairs of prompts run apart: ")
     expected = next_token_logits(model, [prompt for pair in PAIRS[:2] for prompt in pair])
     torch.testing.assert_close(one, expected[0::2], rtol=0, atol=1e-4)
     torch.testing.assert_close(other, expected[1::2], rtol=0, atol=1e-4)
@@ -66,7 +70,11 @@ def test_prompts_longer_than_an_attention_window_run_apart():
     sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 10}
     model = MistralForCausalLM(MistralConfig(**sizes, **heads)).eval()
-    one, other = Target(model, tiny_tokenizer()).paired_logits(PAIRS)
+    target = Target(model, tiny_tokenizer())
+    one, other = target.paired_logits(PAIRS)
+    assert target.take_slow_reasons() == "pairs of prompts run apart: prompts have more than 10 tokens"
+    target.paired_logits([([5, 6, 7], [5, 6, 8])])
+    assert target.take_slow_reasons() == ""
     expected = next_token_logits(model, [prompt for pair in PAIRS for prompt in pair])
     torch.testing.assert_close(one, expected[0::2], rtol=0, atol=1e-4)
     torch.testing.assert_close(other, expected[1::2], rtol=0, atol=1e-4)

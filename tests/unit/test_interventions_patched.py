@@ -178,7 +178,7 @@ def test_packs_keep_to_their_budget_and_prompts_together():
     assert list(packs(rows[:1], TokenBudget(1, torch.device("cpu")))) == [[0]]
 
 
-def test_prompts_longer_than_a_sliding_window_fall_back_and_are_right(caplog):
+def test_prompts_longer_than_a_sliding_window_fall_back_and_are_right():
     shape = MistralConfig(
         hidden_size=32,
         intermediate_size=48,
@@ -193,12 +193,14 @@ def test_prompts_longer_than_a_sliding_window_fall_back_and_are_right(caplog):
     prompts = prompts_of((10, 4))
     runs = target.clean_runs(prompts)
     assert target._climbs(runs[1])
-    with caplog.at_level(logging.WARNING):
-        found = [target.patched_logits(runs, [[Intervention((1,), (1,), vectors=vectors(1))]] * 2) for _ in range(2)]
-    assert [record.getMessage() for record in caplog.records] == [
+    assert target.take_slow_reasons() == ""
+    found = target.patched_logits(runs, [[Intervention((1,), (1,), vectors=vectors(1))]] * 2)
+    assert target.take_slow_reasons() == (
         "prompts of more than 4 tokens, the shortest attention window of MistralForCausalLM, use plain hooks"
-    ]
-    for ids, one in zip(prompts, found[0], strict=True):
+    )
+    target.patched_logits(runs[1:], [[Intervention((1,), (1,), vectors=vectors(1))]])
+    assert target.take_slow_reasons() == "", "the short prompt goes up the ladder"
+    for ids, one in zip(prompts, found, strict=True):
         assert (one[0] - reference(model, ids, (1,), (1,), vectors(1)[None], "replace")).abs().max() < TOLERANCE
 
 
@@ -213,6 +215,9 @@ def test_recurrent_models_fall_back_with_one_logged_reason(caplog):
     assert ours == [
         "patched runs of MambaForCausalLM use plain hooks: its cache has layers of kind LinearAttentionLayer"
     ]
+    assert target.take_slow_reasons() == ours[0] and target.take_slow_reasons() == ""
+    target.clean_runs(prompts)
+    assert target.take_slow_reasons() == ours[0], "as often as it is asked after such work"
     for ids, one in zip(prompts, found, strict=True):
         assert (one[0] - reference(model, ids, (0,), (2,), vectors(1)[None], "replace")).abs().max() < TOLERANCE
 
