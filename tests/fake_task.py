@@ -61,6 +61,7 @@ class FakeTask:
     breakdowns: ClassVar = {"Answer": "changed"}
     unshared = ("text",)
     has_vectors = True
+    selected_by = ("changed",)
     source_formats = ("mmlu",)
 
     def schema(self, width, config):

@@ -34,7 +34,7 @@ class DeadlyTask(FakeTask):
 
 
 def begun(tmp_path, questions, deadly=("die",)):
-    config = fake_config(tmp_path, questions, items_per_shard=len(questions))
+    config = fake_config(tmp_path, questions, items_per_shard=len(questions), max_error_share=1)
     prepared = prepare(config, DeadlyTask(deadly))
     begin(prepared, prepared.orders)
     return prepared
@@ -74,11 +74,11 @@ def test_deadly_items_are_found_and_the_others_are_kept(tmp_path):
 
 
 def test_more_deadly_items_than_one_run_finds_are_found_by_the_next(tmp_path):
-    prepared = begun(tmp_path, [QUESTIONS[0], *(f"die {number}" for number in range(5))])
+    prepared = begun(tmp_path, [QUESTIONS[0], *(f"die {number}" for number in range(6))])
     assert attempts_until_done(prepared, "first")[1] is None
     number, info = attempts_until_done(prepared, "second")
     assert number == ITEM_DEATHS + 1
-    assert len(statuses(prepared, info)[1]) == 5
+    assert len(statuses(prepared, info)[1]) == 6
 
 
 def test_a_death_from_outside_costs_one_more_batch(tmp_path):
