@@ -121,10 +121,18 @@ def last_fault(folder: Folder, orders: Sequence[ShardOrder]) -> str:
     return next((notes.fault for notes in noted if notes.fault), "")
 
 
+def has_begun(folder: Folder, run_id: str) -> bool:
+    """Whether any actor of this run loads a target or makes a shard right now."""
+    names = Folder(f"{folder.url.rstrip('/')}/plan").names()
+    if any(name.startswith(f"actor-{run_id}") for name in names):
+        return True
+    return any(_read(folder, f"plan/{name}").run_id == run_id for name in names if name.endswith(ATTEMPTS_SUFFIX))
+
+
 @contextmanager
-def counted_loading(folder: Folder, actor_id: str) -> Iterator[None]:
+def counted_loading(folder: Folder, run_id: str, actor_id: str) -> Iterator[None]:
     """Around the loading of an actor's target. Raises RunFailed if the actor died in it `LOADS` times in a row."""
-    name = f"plan/actor-{actor_id}{ATTEMPTS_SUFFIX}"
+    name = f"plan/actor-{run_id}-{actor_id}{ATTEMPTS_SUFFIX}"
     deaths = folder.size(name) or 0
     if deaths >= LOADS:
         raise RunFailed(f"{deaths} processes ended while they loaded the target; it may need more memory than there is")

@@ -15,20 +15,22 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TextIO
 
 import ray
 import ray.data
 
 from introspect_ray.config import ActorConfig, GenerateConfig
-from introspect_ray.data.attempts import ATTEMPTS, counted_loading, last_fault
-from introspect_ray.data.cluster import ADDRESS_VARIABLE, VERBOSE_VARIABLE, connect, is_verbose, quiet_stderr
+from introspect_ray.data.attempts import ATTEMPTS, counted_loading, has_begun, last_fault
+from introspect_ray.data.cluster import VERBOSE_VARIABLE, connect, is_elsewhere, is_verbose, quiet_stderr
 from introspect_ray.data.dataset import holds_its_records
 from introspect_ray.data.finish import finish
 from introspect_ray.data.manifest import MANIFEST_NAME, Manifest, read_manifest
@@ -47,6 +49,8 @@ NO_PROGRESS_TIMEOUT_S = 4 * 3600
 """Ray Data gives up after 30 minutes without a finished block, which a large model on a new node may take to load."""
 RETRIES_PER_SHARD = ATTEMPTS - 1
 """Times a shard is tried again after its actor died. Without a bound, a shard that kills actors never ends."""
+NOTE_AFTER_S = 60
+"""After so long without an actor, the user is told what it waits for."""
 MAX_LOST_SHARDS = 3
 """Shards that may be lost to dying actors, and to errors, while the others are still completed; then the run fails all
 the same."""
@@ -103,7 +107,7 @@ class ShardWorker:
         self.task = task
         self.config = config
         self.run_id = run_id
-        with counted_loading(Folder(config.output), ray.get_runtime_context().get_actor_id() or ""):
+        with counted_loading(Folder(config.output), run_id, ray.get_runtime_context().get_actor_id() or ""):
             self.target = load_target(config)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
@@ -193,7 +197,7 @@ def _report(
 
 def check_resources(actors: ActorConfig) -> None:
     """Refuse actors that this machine can never place; a cluster elsewhere may grow, so nothing is said about it."""
-    if os.environ.get(ADDRESS_VARIABLE):
+    if is_elsewhere():
         return
     there = ray.cluster_resources()
     for key, wanted, resource in (("num_cpus", actors.num_cpus, "CPU"), ("num_gpus", actors.num_gpus, "GPU")):
@@ -208,8 +212,10 @@ def _run(
     left = {order.index: order for order in orders}
     lost: dict[str, str] = {}
     """Name of a shard -> what was raised."""
-    with _context():
-        rows = _quietly(_pipeline(prepared, orders, load_target).iter_rows())
+    run_id = uuid.uuid4().hex
+    tell = partial(_tell_if_waiting, prepared, run_id)
+    # Closed at once: what is left of a pool would keep its processors from the next run in this process.
+    with _context(), closing(_quietly(_pipeline(prepared, orders, load_target, run_id).iter_rows(), tell)) as rows:
         while len(lost) <= MAX_LOST_SHARDS and (row := _next_row(prepared, rows, left)) is not None:
             order = left[row["index"]]
             if row["error_kind"] == UserError.__name__:
@@ -238,19 +244,51 @@ def _next_row(
         raise _translated(error, fault) from (error if is_verbose() else None)
 
 
-def _quietly(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The same rows; standard error is silent while waiting for one, and open while it is used."""
+def _quietly(rows: Iterable[dict[str, Any]], tell: Callable[[TextIO], None]) -> Generator[dict[str, Any], None, None]:
+    """The same rows; standard error is silent while waiting for one, and open while it is used.
+
+    If the first row takes longer than `NOTE_AFTER_S`, `tell` may say on standard error why.
+    """
     waiting = iter(rows)
+    late: Callable[[TextIO], None] | None = tell
     while True:
-        with quiet_stderr():
+        with quiet_stderr() as past, _timer(NOTE_AFTER_S, late, past):
             row = next(waiting, None)
+        late = None
         if row is None:
             return
         yield row
 
 
+@contextmanager
+def _timer(seconds: float, call: Callable[[TextIO], None] | None, stream: TextIO) -> Iterator[None]:
+    """Calls from another thread if the block takes longer; on leaving, that is over."""
+    if call is None:
+        yield
+        return
+    timer = threading.Timer(seconds, call, (stream,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+
+
+def _tell_if_waiting(prepared: Prepared, run_id: str, stream: TextIO) -> None:
+    """Say what an actor needs and what there is, unless one has started."""
+    if has_begun(prepared.folder, run_id):
+        return
+    actors, there, free = prepared.config.actors, ray.cluster_resources(), ray.available_resources()
+    wanted = f"{actors.num_cpus:g} CPUs and {actors.num_gpus:g} GPUs"
+    found = " and ".join(f"{there.get(kind, 0):g} {kind}s ({free.get(kind, 0):g} free)" for kind in ("CPU", "GPU"))
+    stream.write(f"\nno actor has started yet: one needs {wanted}, the cluster has {found}; waiting\n")
+    stream.flush()
+
+
 def _pipeline(
-    prepared: Prepared, orders: list[ShardOrder], load_target: Callable[[GenerateConfig], Target]
+    prepared: Prepared, orders: list[ShardOrder], load_target: Callable[[GenerateConfig], Target], run_id: str
 ) -> ray.data.Dataset:
     """Orders as rows through the pool of actors; nothing runs yet."""
     actors = prepared.config.actors
@@ -264,7 +302,7 @@ def _pipeline(
                 "task": prepared.task,
                 "config": prepared.config,
                 "load_target": load_target,
-                "run_id": uuid.uuid4().hex,
+                "run_id": run_id,
             },
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(
