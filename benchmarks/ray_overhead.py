@@ -6,6 +6,9 @@ clock starts, do the same shards, and take turns, with one CPU thread each. Last
     with_ray, without_ray    records per second, from the first shard begun to the last one written
     ratio                    with_ray / without_ray
     driver_growth, actor_growth    peak memory with ten times the rows over that with one times, minus 1
+    driver_bytes_per_record    that growth of the driver, over the records that it is for
+
+A tenth of the rows must give at least 5,000 records, or what the libraries take hides what a record takes.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+SMALLEST = 5000
+"""Records of a tenth of the rows, at least."""
 CHILD_THREADS = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "RAY_ADDRESS": ""}
 
 
@@ -134,10 +139,14 @@ def main() -> None:
             large = result
     small = in_process(with_ray, arguments.rows // 10)
     print(f"a tenth of the rows, with_ray: {small}", flush=True)
+    if small["records"] < SMALLEST:
+        parser.error(f"a tenth of the rows gave {small['records']} records, expected {SMALLEST}: raise --rows")
+    per_record = (large["driver"] - small["driver"]) / (large["records"] - small["records"])
     medians = {name: round(statistics.median(found), 2) for name, found in rates.items()}
     ratio = statistics.median(one / other for one, other in zip(rates["with_ray"], rates["without_ray"], strict=True))
     growth = {f"{name}_growth": round(large[name] / small[name] - 1, 4) for name in ("driver", "actor")}
-    print(json.dumps({**medians, "ratio": round(ratio, 4), **growth}))
+    memory = {**growth, "driver_bytes_per_record": round(per_record, 1)}
+    print(json.dumps({**medians, "ratio": round(ratio, 4), **memory}))
 
 
 if __name__ == "__main__":

@@ -237,6 +237,9 @@ class GenerateConfig(Config):
     """Dtype of vectors on disk."""
     max_failed_share: Fraction = 0.98
     """The run fails if a larger share of its records ends with a reason instead of a truth."""
+    max_error_share: Fraction = 0.05
+    """The run fails if the procedure raised, or ended its process, for a larger share of its work items: that is a
+    defect or a broken device, while other reasons are truths that do not exist."""
     seed: int = 0
 
     @model_validator(mode="after")

@@ -53,7 +53,10 @@ def crash(config):  # noqa: ARG001
 
 @dataclass
 class FakeTask:
-    """Questions with `raise`, `nan`, `huge` or `kill` misbehave; `kill` ends the process, once if given a `marker`."""
+    """Questions with `raise`, `nan`, `huge`, `device` or `kill` misbehave; the last two once if given a `marker`.
+
+    `kill` ends the process, `device` says that the GPU has failed.
+    """
 
     delay: float = 0.0
     marker: str = ""
@@ -61,6 +64,7 @@ class FakeTask:
     breakdowns: ClassVar = {"Answer": "changed"}
     unshared = ("text",)
     has_vectors = True
+    selected_by = ("changed",)
     source_formats = ("mmlu",)
 
     def schema(self, width, config):
@@ -88,9 +92,11 @@ class FakeTask:
             raise RuntimeError(f"cannot do {text}")
         if "wordless" in text:
             return [failed(item, "no_word")]
-        if "kill" in text and not (self.marker and Path(self.marker).exists()):
+        if ("kill" in text or "device" in text) and not (self.marker and Path(self.marker).exists()):
             if self.marker:
                 Path(self.marker).touch()
+            if "device" in text:
+                raise RuntimeError("CUDA error: unspecified launch failure")
             os.kill(os.getpid(), 9)
         records = []
         for number in range(2):

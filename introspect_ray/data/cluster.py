@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import ray
 import ray.data  # its loggers exist from here on
@@ -42,6 +42,11 @@ def is_verbose() -> bool:
     return bool(os.environ.get(VERBOSE_VARIABLE))
 
 
+def is_elsewhere() -> bool:
+    """Whether RAY_ADDRESS names a cluster; else one is started on this machine."""
+    return os.environ.get(ADDRESS_VARIABLE, "") not in ("", "local")
+
+
 @contextmanager
 def connect() -> Iterator[None]:
     """Ray is connected inside the block; on leaving, what was started here is stopped and nothing else.
@@ -54,8 +59,8 @@ def connect() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = os.environ.get(ADDRESS_VARIABLE, "")
-    if address and address != "local":
+    if is_elsewhere():
+        address = os.environ[ADDRESS_VARIABLE]
         check_address(address)
         _start(address=address)
     else:
@@ -79,21 +84,22 @@ def _hush() -> None:
 
 
 @contextmanager
-def quiet_stderr() -> Iterator[None]:
-    """Discards what is written to file descriptor 2 inside the block, unless Ray is to be verbose.
+def quiet_stderr() -> Iterator[TextIO]:
+    """Discards what is written to file descriptor 2 inside the block, unless Ray is to be verbose; yields a way past.
 
     Ray's C++ parts write errors there past every log level, among them one for each actor that may be restarted. Their
     log files have the same lines.
     """
     if is_verbose():
-        yield
+        yield sys.stderr
         return
     sys.stderr.flush()
     terminal = os.dup(2)
     try:
         with Path(os.devnull).open("wb") as nowhere:
             os.dup2(nowhere.fileno(), 2)
-        yield
+        with os.fdopen(os.dup(terminal), "w") as past:
+            yield past
     finally:
         sys.stderr.flush()
         os.dup2(terminal, 2)

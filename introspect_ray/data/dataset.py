@@ -13,7 +13,14 @@ import pyarrow.parquet as pq
 
 from introspect_ray.config import GenerateConfig
 from introspect_ray.data.manifest import SELECTION_NAME, Manifest, read_manifest
-from introspect_ray.data.shards import ShardInfo, canonical_line, to_records, vector_columns, vector_matrix
+from introspect_ray.data.shards import (
+    ShardInfo,
+    canonical_line,
+    content_digest,
+    to_records,
+    vector_columns,
+    vector_matrix,
+)
 from introspect_ray.data.storage import Folder
 from introspect_ray.errors import UserError
 from introspect_ray.tasks.base import OK, Record
@@ -72,8 +79,8 @@ class Dataset:
 
     def selection(self) -> pa.Array:
         """Ids of the selected records. Raises UserError if their list is missing or torn."""
-        content = _content(self.folder, SELECTION_NAME)
-        table = _parse(f"{self.folder.url}/{SELECTION_NAME}", content, ["record_id"])
+        with _opened(self.folder, SELECTION_NAME) as file:
+            table = _parse(f"{self.folder.url}/{SELECTION_NAME}", file, ["record_id"])
         return table["record_id"].combine_chunks()
 
 
@@ -113,16 +120,28 @@ def read_shard(folder: Folder, shard: ShardInfo, columns: Sequence[str] | None) 
 
 
 def load_shard(folder: Folder, shard: ShardInfo, columns: Sequence[str] | None) -> pa.Table:
-    """The records of one shard, vectors unchecked. Raises UserError if size or rows are not the manifest's."""
-    content = _content(folder, shard.name)
-    _check_size(folder, shard, len(content))
+    """The records of one shard, vectors unchecked. Raises UserError if size or rows are not the manifest's.
+
+    Of a file, only the pages of `columns` are read.
+    """
     where = f"{folder.url}/{shard.name}"
-    table = _parse(where, content, columns)
+    with _opened(folder, shard.name) as file:
+        _check_size(folder, shard, file.seek(0, io.SEEK_END))
+        file.seek(0)
+        table = _parse(where, file, columns)
     if table.num_rows != shard.num_rows:
         raise UserError(
             f"{where} has {table.num_rows} rows, dataset.json says {shard.num_rows}: generate the dataset again"
         )
     return table.replace_schema_metadata(None)
+
+
+def holds_its_records(folder: Folder, shard: ShardInfo) -> bool:
+    """Whether the shard holds exactly the records that it was written with, by their digest."""
+    try:
+        return content_digest(load_shard(folder, shard, None)) == shard.digest
+    except UserError:
+        return False
 
 
 def nonfinite_rows(table: pa.Table) -> dict[str, list[int]]:
@@ -134,18 +153,18 @@ def nonfinite_rows(table: pa.Table) -> dict[str, list[int]]:
     return {name: rows for name, rows in found.items() if rows}
 
 
-def _content(folder: Folder, name: str) -> bytes:
+def _opened(folder: Folder, name: str) -> io.IOBase:
     try:
-        return folder.read(name)
+        return folder.open(name)
     except FileNotFoundError:
         raise UserError(
             f"{folder.url}/{name} is missing, but dataset.json lists it: generate the dataset again"
         ) from None
 
 
-def _parse(where: str, content: bytes, columns: Sequence[str] | None) -> pa.Table:
+def _parse(where: str, file: io.IOBase, columns: Sequence[str] | None) -> pa.Table:
     try:
-        with pq.ParquetFile(io.BytesIO(content), page_checksum_verification=True) as parquet:
+        with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
             unknown = set(columns or ()) - set(parquet.schema_arrow.names)
             if unknown:
                 raise UserError(f"{where} has no column {sorted(unknown)[0]!r}")

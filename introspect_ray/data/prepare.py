@@ -10,8 +10,9 @@ import json
 import typing
 from collections import Counter
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from introspect_ray.config import GenerateConfig, TaskName, differences, resolved
@@ -25,6 +26,9 @@ from introspect_ray.errors import UserError
 from introspect_ray.features.card import coder_folder
 from introspect_ray.features.sae import check_sae
 from introspect_ray.tasks.base import Plan, Task, stable_id
+
+_READERS = 4
+"""Shards of earlier runs that are read at once."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +67,14 @@ class Prepared:
         return len(shards) * size - (len(self.orders) * size - len(self.plan.items) if last in shards else 0)
 
     def finished(self) -> dict[int, ShardInfo]:
-        """Shards that are done already, by index."""
-        return {
-            order.index: info
-            for order in self.orders
-            if (info := finished_shard(self.folder, order)) is not None and info.num_rows >= len(self.items(order))
-        }
+        """Shards that are done already and undamaged, by index. Reads them all, a few at a time."""
+        with ThreadPoolExecutor(_READERS) as pool:
+            found = pool.map(partial(finished_shard, self.folder), self.orders)
+            return {
+                order.index: info
+                for order, info in zip(self.orders, found, strict=True)
+                if info is not None and info.num_rows >= len(self.items(order))
+            }
 
     @property
     def account(self) -> SourceAccount:
@@ -115,7 +121,7 @@ def begin(prepared: Prepared, orders: list[ShardOrder]) -> None:
 
 def relevant(config: GenerateConfig) -> dict[str, Any]:
     """The resolved config without what cannot change the records: where and how it runs, and other tasks' sections."""
-    aside = {"actors", "output", "max_failed_share", *typing.get_args(TaskName)} - {config.task}
+    aside = {"actors", "output", "max_failed_share", "max_error_share", *typing.get_args(TaskName)} - {config.task}
     return {name: value for name, value in resolved(config).items() if name not in aside}
 
 

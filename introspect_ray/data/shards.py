@@ -4,8 +4,9 @@
     plan/shard-00000.attempts.json   only while the shard is being made, see attempts.py
     shards/shard-00000.parquet       their records; schema metadata names the run, the shard and a digest of the content
 
-A shard counts as done if its footer opens, names this run and this shard, and agrees with itself about its rows. All
-else (torn, foreign, half written by something that does not rename) is written again.
+A shard counts as done if its footer opens, names this run and this shard, and agrees with itself about its rows, and
+if every page has the checksum it was written with. All else (torn, foreign, damaged on the disk, half written by
+something that does not rename) is written again.
 """
 
 from __future__ import annotations
@@ -174,14 +175,13 @@ def write_records(
 
 
 def finished_shard(folder: Folder, order: ShardOrder) -> ShardInfo | None:
-    """The shard as it lies there if it is done, else None; reads the footer only."""
-    size = folder.size(order.name)
-    if size is None:
-        return None
+    """The shard as it lies there if it is done, else None; reads all of it."""
     try:
-        with folder.open(order.name) as file, pq.ParquetFile(file) as parquet:
+        content = folder.read(order.name)
+        with pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True) as parquet:
             metadata: Mapping[bytes, bytes] = parquet.schema_arrow.metadata or {}
             rows = parquet.metadata.num_rows
+            parquet.read()
     except (OSError, pa.ArrowException):
         return None
     expected = {_RUN: order.run_key.encode(), _SHARD: str(order.index).encode(), _ROWS: str(rows).encode()}
@@ -190,7 +190,7 @@ def finished_shard(folder: Folder, order: ShardOrder) -> ShardInfo | None:
     return ShardInfo(
         name=order.name,
         num_rows=rows,
-        num_bytes=size,
+        num_bytes=len(content),
         digest=metadata[_DIGEST].decode(),
         slow_because=metadata.get(_SLOW, b"").decode(),
     )

@@ -24,14 +24,29 @@ FREE_SHARE = 0.8
 PATIENCE = 16
 """Batches that a refusal is remembered for, before the budget grows again."""
 
+_REFUSED_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_DEVICE_FAILED = ("CUDA error", "CUDA driver error", "HIP error", "CUBLAS_STATUS", "cuDNN error")
+
 Result = TypeVar("Result")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the host refused memory. torch raises a plain RuntimeError for the host's."""
+    """Whether a device or the host refused memory.
+
+    torch raises a plain RuntimeError for the host's, and another one where a CUDA library allocates by itself.
+    """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _REFUSED_MEMORY)
+
+
+def is_device_error(error: BaseException) -> bool:
+    """Whether a device failed otherwise. Most such faults stay: all later calls of the process raise as well."""
+    if is_out_of_memory(error):
+        return False
+    return isinstance(error, torch.AcceleratorError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in _DEVICE_FAILED)
+    )
 
 
 class TokenBudget:

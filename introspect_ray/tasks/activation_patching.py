@@ -66,6 +66,7 @@ class ActivationPatching(VerdictTask):
     has_vectors: ClassVar[bool] = True
     breakdowns: ClassVar[Mapping[str, str]] = {"Layer block": "block", "Kind of position": "kind"}
     unshared: ClassVar[tuple[str, ...]] = ("subject", "other_subject")
+    selected_by: ClassVar[tuple[str, ...]] = ("block", "kind", "changed")
     source_formats: ClassVar[tuple[str, ...]] = ("counterfact", "known_facts")
 
     def schema(self, width: int, config: GenerateConfig) -> pa.Schema:
@@ -230,10 +231,11 @@ class ActivationPatching(VerdictTask):
         if not config.activation_patching.balance:
             return None
         cells: dict[tuple[str, int, str], dict[bool, list[str]]] = defaultdict(lambda: {True: [], False: []})
-        columns = ("record_id", "status", "split", "block", "kind", "changed")
-        for record in records.select(columns).to_pylist():
-            if record["status"] == OK:
-                cells[record["split"], record["block"], record["kind"]][record["changed"]].append(record["record_id"])
+        for batch in records.select(["record_id", "status", "split", *self.selected_by]).to_batches(max_chunksize=4096):
+            for record in batch.to_pylist():
+                if record["status"] == OK:
+                    cell = cells[record["split"], record["block"], record["kind"]]
+                    cell[record["changed"]].append(record["record_id"])
         selected: list[str] = []
         for classes in cells.values():
             smaller, larger = sorted(classes.values(), key=len)

@@ -67,6 +67,8 @@ class Task(Protocol):
     """Title -> record column by whose value the report breaks the main metric down."""
     unshared: ClassVar[tuple[str, ...]]
     """Record columns of what no two splits may share beside groups; one value may stand in several of them."""
+    selected_by: ClassVar[tuple[str, ...]]
+    """Record columns that `select` looks at beside `record_id`, `split` and `status`."""
     source_formats: ClassVar[tuple[str, ...]]
     """Source formats (config.SourceConfig.format) whose rows this task accepts, the preferred one first."""
 
@@ -80,7 +82,7 @@ class Task(Protocol):
         """Run the procedure. Every item gives at least one record; a failed one has a reason as its status."""
 
     def select(self, records: pa.Table, config: GenerateConfig) -> list[str] | None:
-        """Ids of the records to train and score on, from a dataset's scalar columns; `None` for all that are ok."""
+        """Ids of the records to train and score on, by the columns `selected_by`; `None` for all that are ok."""
 
     def render(self, record: Record) -> Example:
         """Query and reference answer of an ok record."""

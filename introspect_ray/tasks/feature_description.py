@@ -26,6 +26,7 @@ class FeatureDescription:
     has_vectors: ClassVar[bool] = True
     breakdowns: ClassVar[Mapping[str, str]] = {"Kind of description": "label_kind"}
     unshared: ClassVar[tuple[str, ...]] = ()
+    selected_by: ClassVar[tuple[str, ...]] = ()
     source_formats: ClassVar[tuple[str, ...]] = ("latent_labels",)
 
     def schema(self, width: int, config: GenerateConfig) -> pa.Schema:

@@ -70,6 +70,7 @@ class InputAblation(VerdictTask):
     has_vectors: ClassVar[bool] = False
     breakdowns: ClassVar[Mapping[str, str]] = {"Hint and truth": "hint_is", "Subject": "subject"}
     unshared: ClassVar[tuple[str, ...]] = ()
+    selected_by: ClassVar[tuple[str, ...]] = ()
     source_formats: ClassVar[tuple[str, ...]] = ("mmlu", "marked_text")
 
     def schema(self, width: int, config: GenerateConfig) -> pa.Schema:  # noqa: ARG002 - no vectors here

@@ -1,5 +1,7 @@
 """On a cluster that grows and shrinks: no workers at first, some while there is work, none afterwards.
 
+One of them is lost midway, with all that ran on it.
+
 Nodes are processes of this machine, by Ray's fake node provider. It is reached as an external provider, because the
 ready-made cluster of Ray's own tests lacks a file in the released package and stops every Ray of the machine.
 """
@@ -117,6 +119,18 @@ def num_workers():
     return sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
 
 
+def kill_a_worker():
+    """End one worker node as a machine ends: without a word."""
+    sockets = [node["RayletSocketName"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0)]
+    for process in psutil.process_iter(["cmdline"]):
+        if f"--raylet_socket_name={sockets[0]}" in (process.info["cmdline"] or []):
+            for part in [*process.children(recursive=True), process]:
+                with suppress(psutil.NoSuchProcess):
+                    part.kill()
+            return
+    raise AssertionError("no worker to kill")
+
+
 def test_workers_come_with_the_work_and_go_with_it(growing_cluster, tmp_path):  # noqa: ARG001
     ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
     seen = [num_workers()]
@@ -129,7 +143,15 @@ def test_workers_come_with_the_work_and_go_with_it(growing_cluster, tmp_path):  
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     config = fake_config(tmp_path, QUESTIONS, items_per_shard=2, actors={"max_size": MAX_WORKERS})
-    summary = generate_dataset(config, lambda _: None, FakeTask(delay=0.5), fake_target)
+    killed = []
+
+    def lose_a_node(now):
+        if now.shards_done >= 8 and not killed:
+            killed.append(num_workers())
+            kill_a_worker()
+
+    summary = generate_dataset(config, lose_a_node, FakeTask(delay=0.5), fake_target)
+    assert killed
     deadline = time.monotonic() + END_LIMIT_S
     while num_workers() and time.monotonic() < deadline:
         time.sleep(0.5)

@@ -2,12 +2,13 @@
 
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from fake_task import fake_config
 
@@ -59,15 +60,15 @@ def end(driver):
 
 
 def living_actors(folder):
-    """Process ids of actors that hold a target and are still there."""
+    """Processes of actors that hold a target and are still there."""
     found = []
-    for pid in (int(path.name) for path in (folder / "actors").glob("*")):
-        try:
-            if "ray::" in Path(f"/proc/{pid}/cmdline").read_text():
-                found.append(pid)
-        except FileNotFoundError:
-            continue
-    return sorted(found)
+    for path in (folder / "actors").glob("*"):
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(int(path.name))
+            # A process that is younger than the actor's signature has only its number.
+            if process.create_time() <= path.stat().st_mtime and "ray::" in " ".join(process.cmdline()):
+                found.append(process)
+    return sorted(found, key=lambda process: process.pid)
 
 
 def kill_an_actor(folder, driver, rng):
@@ -79,8 +80,9 @@ def kill_an_actor(folder, driver, rng):
         time.sleep(0.02)
     time.sleep(rng.uniform(0.05, 0.8))
     if there := living_actors(folder):
-        os.kill(rng.choice(there), signal.SIGKILL)
-        return 1
+        with suppress(psutil.NoSuchProcess):
+            rng.choice(there).kill()
+            return 1
     return 0
 
 

@@ -5,17 +5,20 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import ray
 from fake_task import FakeTask, crash, deadly_target, fake_config, fake_target, load_no_such_model
 
 import introspect_ray.data.generate as generate_module
 from introspect_ray.data.cluster import connect
 from introspect_ray.data.dataset import canonical_dump, open_dataset
 from introspect_ray.data.generate import generate_dataset
+from introspect_ray.data.prepare import begin, prepare
 from introspect_ray.errors import RunFailed, UserError
 
 TESTS = Path(__file__).parents[1]
@@ -95,7 +98,7 @@ def test_an_actor_that_dies_costs_nothing(reference, tmp_path):
 
 
 def test_an_item_that_always_kills_its_process_is_a_failed_record(tmp_path, cluster):  # noqa: ARG001
-    config = fake_config(tmp_path, ["a", "b", "kill", "c", "d"], items_per_shard=2)
+    config = fake_config(tmp_path, ["a", "b", "kill", "c", "d"], items_per_shard=2, max_error_share=0.2)
     summary, _ = run(config)
     records = open_dataset(config.output).records(None, selected=False)
     assert sorted(record["text"] for record in records if record["status"] == "ok") == sorted("aabbccdd")
@@ -108,9 +111,49 @@ def test_an_item_that_always_kills_its_process_is_a_failed_record(tmp_path, clus
 def test_a_shard_that_is_out_of_attempts_fails_the_run_alone(tmp_path, cluster, monkeypatch):  # noqa: ARG001
     monkeypatch.setattr(generate_module, "RETRIES_PER_SHARD", 1)
     config = fake_config(tmp_path, ["a", "b", "kill", "c"], items_per_shard=1)
-    with pytest.raises(RunFailed, match=r"1 shards were not written, the first is shards/shard-00002.parquet"):
+    line = r"1 shards were not written, the first is shards/shard-00002.parquet \(its processes died\)"
+    with pytest.raises(RunFailed, match=line):
         run(config)
     assert len(list((tmp_path / "out" / "shards").glob("shard-*"))) == 3
+
+
+@pytest.mark.parametrize("shards", [2, 9])
+def test_storage_that_refuses_a_write_is_the_users_error(tmp_path, cluster, shards):  # noqa: ARG001
+    config = fake_config(tmp_path, QUESTIONS[-shards:], items_per_shard=1)
+    prepared = prepare(config, FakeTask())
+    begin(prepared, prepared.orders)
+    (tmp_path / "out" / "shards").write_text("in the way")
+    with pytest.raises(UserError, match=r"shards/shard-0000\d.parquet cannot be written: .*[Ee]xists"):
+        run(config)
+
+
+def test_a_defect_in_a_few_shards_is_said_and_the_others_are_kept(tmp_path, cluster):  # noqa: ARG001
+    config = fake_config(tmp_path, ["raise 1", "raise 2", "a", "b", "c", "d"], items_per_shard=2)
+    line = r"1 shards were not written, the first is shards/shard-00000.parquet \(RuntimeError: cannot do raise 1\)"
+    with pytest.raises(RunFailed, match=line):
+        run(config)
+    assert len(list((tmp_path / "out" / "shards").glob("shard-*"))) == 2
+
+
+def test_a_defect_in_every_shard_ends_the_run(tmp_path, cluster):  # noqa: ARG001
+    config = fake_config(tmp_path, [f"raise {number}" for number in range(24)], items_per_shard=2)
+    with pytest.raises(RunFailed, match=r"12 shards were not written, .* \(RuntimeError: cannot do raise \d+\)"):
+        run(config)
+
+
+def test_a_device_that_fails_costs_one_more_try_elsewhere(tmp_path, cluster):  # noqa: ARG001
+    marker = tmp_path / "failed"
+    config = fake_config(tmp_path, ["device", *QUESTIONS[3:12]])
+    summary, _ = run(config, FakeTask(marker=str(marker)))
+    assert marker.exists() and summary.manifest.num_records == 20
+    assert set().union(*summary.manifest.counts.values()) == {"ok"}
+
+
+def test_a_device_that_is_broken_is_named(tmp_path, cluster, monkeypatch):  # noqa: ARG001
+    monkeypatch.setattr(generate_module, "RETRIES_PER_SHARD", 1)
+    config = fake_config(tmp_path, ["device", "a", "b"], items_per_shard=1)
+    with pytest.raises(RunFailed, match=r"1 shards .*\(RuntimeError: CUDA error: unspecified launch failure\)"):
+        run(config)
 
 
 def test_a_target_that_kills_its_process_fails_the_run(tmp_path, cluster):  # noqa: ARG001
@@ -134,6 +177,19 @@ def test_actors_that_this_machine_cannot_hold(tmp_path, cluster):  # noqa: ARG00
     config = fake_config(tmp_path, QUESTIONS, actors={"num_gpus": 64})
     with pytest.raises(UserError, match=r"actors.num_gpus is 64, but this machine has \d+ GPUs"):
         run(config)
+
+
+def test_waiting_for_room_is_said(tmp_path, cluster, monkeypatch, capfd):  # noqa: ARG001
+    monkeypatch.setattr(generate_module, "NOTE_AFTER_S", 1)
+    room = ray.cluster_resources()["CPU"]
+    holder = ray.remote(num_cpus=room)(threading.Event).remote()
+    ray.get(holder.is_set.remote())
+    release = threading.Timer(4, ray.kill, (holder,))
+    release.start()
+    summary, _ = run(fake_config(tmp_path, QUESTIONS[-4:], actors={"num_cpus": 1}))
+    assert summary.manifest.num_records == 8
+    line = f"no actor has started yet: one needs 1 CPUs and 0 GPUs, the cluster has {room:g} CPUs (0 free)"
+    assert capfd.readouterr().err.count(line) == 1
 
 
 def test_killed_driver_continues_to_the_same_dataset(reference, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 from fake_task import FakeTask, fake_config, fake_target
 
-from introspect_ray.data.attempts import ATTEMPTS, BATCH_DEATHS, ITEM_DEATHS, LOADS, counted_loading
+from introspect_ray.data.attempts import ATTEMPTS, BATCH_DEATHS, ITEM_DEATHS, LOADS, counted_loading, has_begun
 from introspect_ray.data.dataset import open_dataset
 from introspect_ray.data.finish import finish
 from introspect_ray.data.prepare import begin, prepare
@@ -34,7 +34,7 @@ class DeadlyTask(FakeTask):
 
 
 def begun(tmp_path, questions, deadly=("die",)):
-    config = fake_config(tmp_path, questions, items_per_shard=len(questions))
+    config = fake_config(tmp_path, questions, items_per_shard=len(questions), max_error_share=1)
     prepared = prepare(config, DeadlyTask(deadly))
     begin(prepared, prepared.orders)
     return prepared
@@ -74,11 +74,11 @@ def test_deadly_items_are_found_and_the_others_are_kept(tmp_path):
 
 
 def test_more_deadly_items_than_one_run_finds_are_found_by_the_next(tmp_path):
-    prepared = begun(tmp_path, [QUESTIONS[0], *(f"die {number}" for number in range(5))])
+    prepared = begun(tmp_path, [QUESTIONS[0], *(f"die {number}" for number in range(6))])
     assert attempts_until_done(prepared, "first")[1] is None
     number, info = attempts_until_done(prepared, "second")
     assert number == ITEM_DEATHS + 1
-    assert len(statuses(prepared, info)[1]) == 5
+    assert len(statuses(prepared, info)[1]) == 6
 
 
 def test_a_death_from_outside_costs_one_more_batch(tmp_path):
@@ -108,14 +108,17 @@ def test_blame_outlives_the_driver_and_suspicion_does_not(tmp_path):
 
 def test_loading_that_ends_the_process_is_tried_a_few_times(tmp_path):
     folder = Folder(str(tmp_path))
-    died = [counted_loading(folder, "a") for _ in range(LOADS)]
+    died = [counted_loading(folder, "run", "a") for _ in range(LOADS)]
     for loading in died:
         loading.__enter__()  # and never left, as a killed process never leaves it
-    with pytest.raises(RunFailed, match="3 processes ended while they loaded the target"), counted_loading(folder, "a"):
+    with (
+        pytest.raises(RunFailed, match="3 processes ended while they loaded the target"),
+        counted_loading(folder, "run", "a"),
+    ):
         pass
     for _ in range(2 * LOADS):
-        with counted_loading(folder, "b"):
-            pass
+        with counted_loading(folder, "run", "b"):
+            assert has_begun(folder, "run") and not has_begun(folder, "another")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"begun": "often"}'])
@@ -123,3 +126,10 @@ def test_torn_notes_count_as_none(tmp_path, content):
     prepared = begun(tmp_path, QUESTIONS)
     (tmp_path / "out" / prepared.orders[0].attempts_name).write_bytes(content)
     assert attempt(prepared, "run").num_rows == 10
+
+
+def test_an_attempt_shows_that_its_run_has_begun(tmp_path):
+    prepared = begun(tmp_path, [*QUESTIONS, "die"])
+    assert not has_begun(prepared.folder, "run")
+    assert attempt(prepared, "run") is None
+    assert has_begun(prepared.folder, "run") and not has_begun(prepared.folder, "another")

@@ -11,7 +11,7 @@ from fake_task import FakeTask, fake_config
 from fake_task import make_dataset as generate
 
 from introspect_ray.config import ActorConfig
-from introspect_ray.data.dataset import canonical_dump, open_dataset
+from introspect_ray.data.dataset import canonical_dump, holds_its_records, open_dataset
 from introspect_ray.data.finish import finish
 from introspect_ray.data.manifest import MANIFEST_NAME
 from introspect_ray.data.prepare import prepare
@@ -144,6 +144,41 @@ def test_torn_missing_and_flipped_shards(made, tmp_path):
         open_dataset(config.output)
 
 
+def test_damage_that_a_reader_names_is_mended_by_the_same_config(made, tmp_path):
+    config, manifest = made
+    before = canonical_dump(open_dataset(config.output))
+    path = tmp_path / "out" / manifest.shards[1].name
+    damaged = bytearray(path.read_bytes())
+    damaged[40] ^= 255
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"is damaged: .*; generate the dataset again"):
+        open_dataset(config.output).records(None)
+    assert generate(config) == manifest
+    assert canonical_dump(open_dataset(config.output)) == before
+
+
+def test_other_records_under_the_same_name_are_noticed(made):
+    config, manifest = made
+    dataset = open_dataset(config.output)
+    _rewrite(config, manifest, 2, lambda vector: np.nextafter(vector, np.float16(9)))
+    found = [holds_its_records(dataset.folder, shard) for shard in manifest.shards]
+    assert found == [index != 2 for index in range(len(found))]
+
+
+def test_the_account_sees_a_record_that_is_there_twice(made):
+    config, manifest = made
+    dataset = open_dataset(config.output)
+    table = pq.read_table(pa.BufferReader(dataset.folder.read(manifest.shards[2].name)))
+    records = to_records(table)
+    twice = [*records, records[0]]
+    info = write_records(dataset.folder, ShardOrder(2, manifest.run_key), twice, table.schema.remove_metadata())
+    prepared = prepare(config, FakeTask())
+    with pytest.raises(AssertionError, match="unique over the whole dataset"):
+        finish(prepared, prepared.finished() | {2: info})
+    with pytest.raises(AssertionError, match="every planned item has a record"):
+        finish(prepared, prepared.finished() | {2: manifest.shards[3]})
+
+
 def test_folders_that_are_no_finished_dataset(made, tmp_path):
     config, _ = made
     manifest = tmp_path / "out" / MANIFEST_NAME
@@ -244,14 +279,21 @@ def test_layer_of_a_label_out_of_range(tmp_path, monkeypatch):
 
 
 def test_too_many_failures_fail_the_run_and_keep_the_shards(tmp_path):
-    config = fake_config(tmp_path, ["raise 1", "raise 2", "raise 3", "a"], max_failed_share=0.59)
+    config = fake_config(tmp_path, ["raise 1", "raise 2", "raise 3", "a"], max_failed_share=0.59, max_error_share=1)
     with pytest.raises(RunFailed, match=r"3 of 5 records have no truth \(generation_error: 3\), more than .* 0.59"):
         generate(config)
     assert not (tmp_path / "out" / MANIFEST_NAME).exists()
-    larger = fake_config(tmp_path, ["raise 1", "raise 2", "raise 3", "a"], max_failed_share=0.6)
+    larger = fake_config(tmp_path, ["raise 1", "raise 2", "raise 3", "a"], max_failed_share=0.6, max_error_share=0.75)
     prepared = prepare(larger, FakeTask())
     finish(prepared, prepared.finished())
     assert len(open_dataset(config.output).records(None, selected=False)) == 5
+
+
+def test_errors_have_a_limit_of_their_own_by_items(tmp_path):
+    questions = ["raise 1", "raise 2", "wordless", *QUESTIONS[:5]]
+    with pytest.raises(RunFailed, match=r"2 of 8 work items ended with an error, .* 0.24 .*: RuntimeError: cannot do"):
+        generate(fake_config(tmp_path, questions, max_error_share=0.24))
+    generate(fake_config(tmp_path, questions, max_error_share=0.25))
 
 
 def test_a_refusal_of_every_item_is_the_users_error(tmp_path, monkeypatch):

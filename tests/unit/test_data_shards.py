@@ -102,6 +102,12 @@ def test_torn_and_foreign_shards_are_not_done(tmp_path):
     for torn in (b"", whole[:1], whole[: len(whole) // 2], whole[:-1], whole[len(whole) // 2 :], b"x" * len(whole)):
         path.write_bytes(torn)
         assert finished_shard(folder, ORDER) is None
+    group = pq.ParquetFile(pa.BufferReader(whole)).metadata.row_group(0)
+    for column in map(group.column, range(group.num_columns)):
+        flipped = bytearray(whole)
+        flipped[(column.dictionary_page_offset or column.data_page_offset) + column.total_compressed_size - 1] ^= 1
+        path.write_bytes(flipped)
+        assert finished_shard(folder, ORDER) is None, column.path_in_schema
     path.write_bytes(whole)
     assert finished_shard(folder, ORDER) == info
     assert finished_shard(folder, ShardOrder(3, "another_run")) is None

@@ -70,12 +70,27 @@ def test_other_errors_pass_through_untouched():
         (torch.OutOfMemoryError("x"), True),
         (MemoryError(), True),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 8 bytes"), True),
+        (torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("size mismatch"), False),
         (ValueError("can't allocate memory"), False),
     ],
 )
 def test_what_counts_as_out_of_memory(error, expected):
     assert memory.is_out_of_memory(error) is expected
+    assert not memory.is_device_error(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("an illegal memory access was encountered"),
+        RuntimeError("CUDA error: uncorrectable ECC error encountered"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
+    ],
+)
+def test_a_failed_device_is_not_out_of_memory(error):
+    assert memory.is_device_error(error) and not memory.is_out_of_memory(error)
 
 
 def test_a_gpu_budget_starts_small_and_grows_to_what_was_measured(monkeypatch):
