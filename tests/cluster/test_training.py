@@ -1,12 +1,6 @@
-"""Ray Train end to end on the local CPU: two workers equal one; a killed driver's run ends in the same weights."""
+"""Ray Train end to end on the local CPU: two workers equal one. Kills are in test_training_sharded.py."""
 
-import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,11 +8,9 @@ import torch
 from safetensors.torch import load_file
 from training_helpers import train_config, write_dataset
 
-from introspect_ray.cli import as_yaml
 from introspect_ray.config import TrainConfig
 from introspect_ray.data.cluster import connect
 from introspect_ray.errors import RunFailed, UserError
-from introspect_ray.training.run import prepare
 from introspect_ray.training.train import train_explainer
 
 JOB = Path(__file__).parents[2] / "jobs" / "train_explainer.py"
@@ -107,30 +99,3 @@ def test_failures_that_repeat_end_the_run_with_their_line(folder):
         train_explainer(config_of(folder, "many", trainer__num_workers=900), lambda *_: None)
     with pytest.raises(RunFailed, match=r"step \d+: loss is .* expected finite numbers"):
         train_explainer(config_of(folder, "wild", optimization__learning_rate=1e30), lambda *_: None)
-
-
-@pytest.mark.timeout(4 * START_LIMIT_S)
-@pytest.mark.usefixtures("one_worker")
-def test_killed_driver_goes_on_to_the_same_weights(folder):
-    # One line of metrics per step slows nothing down and shows when the run is under way.
-    config = config_of(folder, "killed", trainer__log_every=1)
-    (folder / "killed.yaml").write_text(as_yaml(config))
-    command = [sys.executable, str(JOB), "--config", str(folder / "killed.yaml")]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    checkpoint = folder / "killed" / "checkpoints" / "step_000010" / "state.json"
-    deadline = time.monotonic() + START_LIMIT_S
-    while not checkpoint.exists() and time.monotonic() < deadline and driver.poll() is None:
-        time.sleep(0.01)
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.wait()
-    assert checkpoint.exists()
-    assert not prepare(config).is_complete()
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=2 * START_LIMIT_S, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    one, killed = weights(folder / "one"), weights(folder / "killed")
-    assert all(torch.equal(one[name], killed[name]) for name in one)
-    lines = [json.loads(line) for line in (folder / "killed" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 41))
