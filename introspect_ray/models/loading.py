@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -20,6 +21,9 @@ from transformers.utils import logging as transformers_logging
 from introspect_ray.config import ModelConfig
 from introspect_ray.errors import UserError
 from introspect_ray.models.paths import check_model, load_error, resolve_device, resolve_model_path
+
+# On CPUs it says at every import that a package is not there which it can do without.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def load_model(config: ModelConfig) -> PreTrainedModel:
