@@ -36,7 +36,11 @@ class PresetConfig(TrainConfig):
         known = (*get_args(KnownModel), None)
         if model not in known[:-1] or task not in get_args(TaskName) or target not in known:
             return tree
-        return _over(preset(model, task, target), tree)
+        defaults = preset(model, task, target, tree.get("method"))
+        optimization = tree.get("optimization")
+        if isinstance(optimization, dict) and "steps" in optimization:
+            defaults["optimization"]["epochs"] = None  # the length that is given is the one that counts
+        return _over(defaults, tree)
 
     def training(self) -> TrainConfig:
         """The config that is trained with."""
@@ -55,11 +59,11 @@ class Train70BConfig(PresetConfig):
     model: Literal["llama-3.1-70b"] = "llama-3.1-70b"
 
 
-def preset(model: KnownModel, task: TaskName, target: KnownModel | None) -> dict[str, Any]:
-    """The tree of a TrainConfig, as far as it is not the class's defaults."""
+def preset(model: KnownModel, task: TaskName, target: KnownModel | None, method: str | None = None) -> dict[str, Any]:
+    """The tree of a TrainConfig, as far as it is not the class's defaults; none takes the task's usual method."""
     target = target or _usual_target(model, task)
     is_large = model == "llama-3.1-70b"
-    method = "qlora" if is_large else _METHODS[task]
+    method = method or ("qlora" if is_large else _METHODS[task])
     is_full = method == "full"
     return {
         "datasets": [f"runs/datasets/{target}/{task}"],

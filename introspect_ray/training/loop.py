@@ -66,7 +66,10 @@ def fit(run: TrainingRun, workers: Workers, tell: Tell = logger.warning) -> dict
         UserError: a record does not fit the explainer, or a model does not load.
         RunFailed: loss or gradient became NaN or infinite, or another worker could not start.
     """
-    explainer, examples, held_out = _build_together(run, workers)
+    # Whoever takes the place of a worker that died when all was done has nothing left to do.
+    if workers.agree(int(workers.rank == 0 and run.is_complete()), workers.device):
+        return run.results()
+    explainer, examples, held_out = _build_together(run, workers, tell)
     stepper = Stepper(explainer, examples, run.config, workers)
     evaluator = Evaluator(explainer, held_out, run.config, workers)
     optimizer = make_optimizer(stepper.trainable.own.values(), run.config.optimization)
@@ -87,7 +90,10 @@ def fit(run: TrainingRun, workers: Workers, tell: Tell = logger.warning) -> dict
     if workers.rank == 0:
         run.record(results)
         explainer.save(run.config.output, weights, readme(explainer.card, run.account(results)))
-        store.clear()
+        try:
+            store.clear()
+        except Exception as error:  # every backend has its own; the explainer is there
+            tell(f"checkpoints in {run.checkpoints.url} could not be removed: {error}")
     else:
         for _ in weights or ():
             pass  # gathering takes all workers
@@ -107,7 +113,7 @@ def _back_to_best(state: TrainState, checkpoints: Checkpoints, steps: int, tell:
     return {"exported_step": exported, **results}
 
 
-def _build_together(run: TrainingRun, workers: Workers) -> tuple[Explainer, Examples, list[HeldOut]]:
+def _build_together(run: TrainingRun, workers: Workers, tell: Tell) -> tuple[Explainer, Examples, list[HeldOut]]:
     """`build` on every worker, and what evaluations answer. If that fails on one, all fail here and none waits."""
     error: UserError | None = None
     try:
@@ -115,9 +121,10 @@ def _build_together(run: TrainingRun, workers: Workers) -> tuple[Explainer, Exam
         held_out = load_held_out(explainer, run.config)
     except UserError as found:
         error = found
-    device = torch.device("cpu") if error or workers.size == 1 else explainer.device
-    everyone = workers.all_true(error is None, device)
+    everyone = workers.all_true(error is None, workers.device)
     if error is not None:
+        if workers.rank > 0:
+            tell(f"worker {workers.rank}: {error}")  # rank 0, which speaks for all, does not know why
         raise error
     if not everyone:
         raise RunFailed("another worker could not load the explainer or its examples")

@@ -123,14 +123,15 @@ def memory_of(
 
 
 def host_bytes(config: TrainConfig, shape: PretrainedConfig, census: Census, memory: Memory) -> int:
-    """Host memory of one worker while it loads."""
+    """Host memory of one worker while it loads, or while it writes a checkpoint, whichever is more."""
     held = held_dtype(config, shape).itemsize
+    checkpoint = memory.gradients + memory.optimizer  # copies of all that is trained, and of AdamW's moments
     if config.trainer.gpus_per_worker == 0:
-        return PROCESS_BYTES + memory.peak
+        return PROCESS_BYTES + memory.peak + checkpoint
     if config.trainer.sharding == "fsdp2" or config.method == "qlora":
         # Tensor by tensor: one as it is on disk, and one in the dtype that it is held in.
-        return PROCESS_BYTES + 2 * census.largest * held
-    return PROCESS_BYTES + census.base * held
+        return PROCESS_BYTES + max(2 * census.largest * held, checkpoint)
+    return PROCESS_BYTES + max(census.base * held, checkpoint)
 
 
 def pace_of(

@@ -40,7 +40,7 @@ def table(plan: Plan) -> str:
         "in a step beside it:",
         *rows(step),
         f"{'peak':<46}{memory.peak / unit_bytes:>9.2f}{_limit(plan)}",
-        f"host memory per worker: {plan.host_bytes / GIB:.1f} GiB while loading",
+        f"host memory per worker: {plan.host_bytes / GIB:.1f} GiB (loading, or copies for a checkpoint)",
         f"examples: {plan.workload.num_examples:,}, {plan.workload.source}",
         f"  mean {plan.workload.mean_tokens:.0f} tokens ({plan.workload.mean_answer:.0f} of the answer), "
         f"longest {plan.workload.longest}; largest micro-batch {plan.batch.rows} x {plan.batch.tokens_per_row}",

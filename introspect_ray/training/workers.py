@@ -17,6 +17,13 @@ class Workers:
     rank: int
     size: int
 
+    @property
+    def device(self) -> torch.device:
+        """Where small messages lie when no model says so: on the GPU if the backend knows nothing else."""
+        if self.size > 1 and dist.get_backend() == "nccl":
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
+
     def sum_gradients(self, parameters: Sequence[nn.Parameter], extra: Tensor) -> Tensor:
         """Replace every gradient by its sum over the workers, in one message; returns `extra` summed as well.
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from introspect_ray.config import TaskName, TrainConfig
 from introspect_ray.data.dataset import Dataset, open_dataset
+from introspect_ray.data.manifest import MANIFEST_NAME
+from introspect_ray.data.storage import Folder
 from introspect_ray.errors import UserError
 from introspect_ray.explainer.encoding import Encoder, Frame, choose_placeholders
 from introspect_ray.models.loading import load_tokenizer
@@ -84,16 +86,18 @@ ASSUMED: dict[TaskName, Assumed] = {
 
 
 def find_workload(config: TrainConfig) -> Workload:
-    """The run's examples: a sample of its datasets if all can be read, else what the plan's task makes likely.
+    """The run's examples: a sample of its datasets, or what the plan's task makes likely if none of them is there yet.
 
     Raises:
-        UserError: datasets are there but damaged, or the target has no shape that is known.
+        UserError: only some datasets are there, one is damaged, or the target has no shape that is known.
     """
     try:
-        datasets = [open_dataset(url) for url in config.datasets]
-    except (UserError, OSError) as error:
-        return _assumed(config, str(error).split(":")[0])
-    return _measured(config, datasets)
+        is_there = [Folder(url).size(MANIFEST_NAME) is not None for url in config.datasets]
+    except UserError as error:  # a plan is made where the storage need not be within reach
+        return _assumed(config, str(error))
+    if not any(is_there):
+        return _assumed(config, f"no dataset at {', '.join(config.datasets)}")
+    return _measured(config, [open_dataset(url) for url in config.datasets])
 
 
 def _assumed(config: TrainConfig, reason: str) -> Workload:

@@ -39,10 +39,24 @@ def test_file_and_options_go_over_the_preset(tmp_path):
     file.write_text(yaml.safe_dump({"task": "input_ablation", "optimization": {"epochs": 3}, "method": "lora"}))
     config = read(Train8BConfig, "--config", str(file), "--optimization.batch_size", "5", "--plan")
     assert (config.optimization.epochs, config.optimization.batch_size) == (3, 5)
-    assert (config.optimization.learning_rate, config.method, config.plan.show) == (1e-5, "lora", True)
+    assert (config.optimization.learning_rate, config.method, config.plan.show) == (5e-5, "lora", True)
     plain = config.training()
     assert type(plain) is TrainConfig and plain.optimization == config.optimization
     assert TrainConfig.model_validate(plain.model_dump(mode="json")) == plain
+
+
+def test_what_depends_on_the_method_follows_the_one_that_is_given():
+    full = read(Train8BConfig, "--task", "activation_patching", "--method", "full")
+    assert (full.explainer.model.dtype, full.trainer.sharding, full.trainer.activation_checkpointing) == (
+        *("float32", "fsdp2", True),
+    )
+    adapter = read(Train8BConfig, "--method", "lora")
+    assert (adapter.explainer.model.dtype, adapter.trainer.sharding) == ("bfloat16", "none")
+
+
+def test_steps_that_are_given_replace_the_presets_epochs():
+    config = read(Train8BConfig, "--optimization.steps", "100")
+    assert (config.optimization.steps, config.optimization.epochs) == (100, None)
 
 
 @pytest.mark.parametrize(

@@ -138,3 +138,18 @@ def test_a_record_that_is_too_long_is_named(tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 80}))
     with pytest.raises(UserError, match=r"dataset .*, record [0-9a-f]{16}: \d+ tokens .* at most 80"):
         build(prepare(config))
+
+
+def test_who_comes_when_all_is_done_trains_nothing(tmp_path, monkeypatch):
+    """A worker that dies after the export, and storage that does not let checkpoints go, cost nothing."""
+
+    def stays(_store):
+        raise OSError("denied")
+
+    monkeypatch.setattr(CheckpointStore, "clear", stays)
+    run, told = prepare(train_config(tmp_path)), []
+    run.record({})
+    results = fit(run, ALONE, told.append)
+    assert told == [f"checkpoints in {run.checkpoints.url} could not be removed: denied"]
+    monkeypatch.setattr(Stepper, "step", lambda *_: pytest.fail("nothing is left to do"))
+    assert fit(run, ALONE) == results

@@ -22,7 +22,7 @@ from introspect_ray.presets import Train8BConfig, Train70BConfig
 from introspect_ray.training.census import arithmetic_of, count
 from introspect_ray.training.hardware import GPUS
 from introspect_ray.training.loop import build
-from introspect_ray.training.needs import GIB
+from introspect_ray.training.needs import GIB, PROCESS_BYTES
 from introspect_ray.training.plan import changed, check_plan, plan_run
 from introspect_ray.training.plan_table import table
 from introspect_ray.training.run import prepare
@@ -194,6 +194,16 @@ def test_lengths_come_from_the_dataset(folder):
     assert plan.pace.seconds_per_step is None and plan.fits
     missing = plan_run(changed(config, {"datasets": [str(folder / "nowhere")], "plan.task": "input_ablation"}))
     assert "assumed" in missing.workload.source and not missing.workload.has_vectors
+    with pytest.raises(UserError, match="nowhere"):
+        plan_run(changed(config, {"datasets": [*config.datasets, str(folder / "nowhere")]}))
+
+
+def test_host_memory_counts_the_copies_of_a_checkpoint(folder):
+    settings = {"trainer.gpus_per_worker": 1, "explainer.model.device": "auto"}
+    few, many = (plan_run(changed(config_of(folder, "lora"), {**settings, "lora.rank": rank})) for rank in (4, 4096))
+    trained = many.memory.gradients - few.memory.gradients
+    assert trained > 0 and many.host_bytes - PROCESS_BYTES == 3 * many.memory.gradients
+    assert few.host_bytes < many.host_bytes
 
 
 def test_epochs_are_steps(folder):
