@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_helpers import train_config
+from training_helpers import train_config, write_dataset
 
 from introspect_ray.cli import as_yaml
 from introspect_ray.config import TrainConfig
@@ -35,6 +35,7 @@ pytestmark = pytest.mark.timeout(3 * START_LIMIT_S)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("sharded")
+    write_dataset(made / "dataset", count=36, splits=("train", "train", "validation"))
     train_config(made)
     with connect():
         yield made
@@ -55,6 +56,7 @@ def config_of(folder: Path, output: str, method: str, **changes: object) -> Trai
         "trainer__checkpoint_every": 4,
         "trainer__log_every": 1,
         "trainer__micro_batch_tokens": 128,
+        "evaluation__every": 16,  # all workers generate, as long as the slowest of them does
     }
     return train_config(folder, output=str(folder / output), **{**settings, **changes})
 
@@ -125,6 +127,8 @@ def test_killed_workers_leave_no_trace_and_two_equal_one(folder, monkeypatch, me
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert losses(config) == losses(undisturbed)
+    scores = [line["validation"] for line in read_metrics(prepare(config).folder) if "validation" in line]
+    assert len(scores) == 2
     # One process, its weights not sharded, in one micro-batch per step.
     alone = config_of(
         folder,
