@@ -19,7 +19,7 @@ METHODS = {"explainer", "majority", "nearest_neighbor", "zero_shot"}
 CONTROLS = {"no_vector", "zero_vector", "swapped_vector"}
 KILLED_TASKS = ("activation_patching", "input_ablation")
 """Of the killed run: one with a fitted projection and one without."""
-KILLS = 3
+KILLS = 2
 LIMIT_S = 500
 """Of one run; about a minute on an idle machine, many more on one that others use as well."""
 
