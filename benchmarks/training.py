@@ -16,8 +16,8 @@ Both train in turns, step by step. All losses are compared before anything is re
     max_loss_difference     largest difference between both over all steps, in nats per token
 
 `--device cuda` measures ours alone, at the shapes of Llama 8B and 70B with random weights in 4 bits and adapters on top
-(QLoRA, one GPU, bfloat16): tokens per second, share of the GPU's peak arithmetic, peak memory, and the plan's where it
-can be worked out. One JSON object per shape.
+(QLoRA, one GPU, bfloat16): tokens per second, share of the GPU's peak arithmetic, peak memory, and the
+plan's. One JSON object per shape.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ from introspect_ray.tasks.base import OK
 from introspect_ray.tasks.registry import get_task
 from introspect_ray.training.batches import step_indices
 from introspect_ray.training.examples import Examples, write_examples
+from introspect_ray.training.plan import plan_run
 from introspect_ray.training.schedule import learning_rate, make_optimizer
+from introspect_ray.training.speed import operations_per_token, peak_of
 from introspect_ray.training.step import Stepper
 from introspect_ray.training.workers import Workers
 
@@ -371,38 +373,17 @@ class OnGpu:
     tokens_per_second: float
     share_of_peak: float | None
     peak_gib: float
-    planned_gib: float | None
+    planned_gib: float
 
 
-def operations_per_token(explainer: Explainer, config: LlamaConfig) -> float:
-    """Floating-point operations of a token in the decoder layers: 2 per weight forward and 2 back to its input, and as
-    many again forward where layers are recomputed; 6 per weight of an adapter. Attention and logits are left out."""
-    width, mlp = config.hidden_size, config.intermediate_size
-    heads = config.head_dim * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
-    base = config.num_hidden_layers * width * (heads + 3 * mlp)
-    adapters = sum(p.numel() for name, p in explainer.trainable_parameters().items() if "lora_" in name)
-    return 4 * base + 6 * adapters
-
-
-def peak_operations(device: torch.device) -> float | None:
-    """Dense bfloat16 operations per second by the data sheet; none for GPUs that are not listed."""
-    peaks = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12}
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in peaks.items() if part in name), None)
-
-
-def planned_gib(config: LlamaConfig, training: TrainConfig, folder: str) -> float | None:
-    """Peak memory of one worker that the plan foresees; none if this version has no plan."""
-    try:
-        from introspect_ray.training.plan import plan_run
-    except ImportError:
-        return None
+def planned_gib(config: LlamaConfig, training: TrainConfig, folder: str) -> float:
+    """Peak memory of one worker that the plan foresees."""
     config.save_pretrained(folder)
     model = training.explainer.model.model_copy(update={"path": folder, "dtype": "bfloat16"})
     explainer = training.explainer.model_copy(update={"model": model})
     trainer = training.trainer.model_copy(update={"gpus_per_worker": 1})
     plan = plan_run(training.model_copy(update={"explainer": explainer, "trainer": trainer, "method": "qlora"}))
-    return float(plan.memory.peak / 2**30)
+    return plan.memory.peak / 2**30
 
 
 def on_gpu(shape: str, arguments: argparse.Namespace) -> OnGpu:
@@ -433,14 +414,14 @@ def on_gpu(shape: str, arguments: argparse.Namespace) -> OnGpu:
             for index in step_indices(step, arguments.batch_size, examples.sizes, training.seed)
         )
     assert all(map(math.isfinite, losses))
-    peak = peak_operations(device)
-    work = operations_per_token(explainer, config) * tokens / seconds
+    peak = peak_of(device)
+    work = operations_per_token(explainer) * tokens / seconds
     return OnGpu(
         shape=shape,
         tokens_per_second=round(tokens / seconds, 1),
         share_of_peak=None if peak is None else round(work / peak, 4),
         peak_gib=round(torch.cuda.max_memory_allocated(device) / 2**30, 2),
-        planned_gib=None if planned is None else round(planned, 2),
+        planned_gib=round(planned, 2),
     )
 
 

@@ -12,7 +12,14 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from introspect_ray.errors import UserError
-from introspect_ray.interventions.forward import edited_layers, padded, padded_budget, run_padded, selected_logits
+from introspect_ray.interventions.forward import (
+    edited_layers,
+    in_order,
+    padded,
+    padded_budget,
+    run_padded,
+    selected_logits,
+)
 from introspect_ray.interventions.memory import TokenBudget
 from introspect_ray.interventions.types import CleanRun, KeysValues
 from introspect_ray.models.structure import max_positions, num_layers, text_config
@@ -64,8 +71,6 @@ def next_token_logits(
 ) -> Float[Tensor, "P V"]:
     """Logits at the last position of each of P prompts."""
     check_prompts(model, prompts)
-    order: list[int] = []
-    rows: list[Tensor] = []
 
     def run_batch(batch: Sequence[int]) -> Tensor:
         ids, last = padded([prompts[index] for index in batch], model.device)
@@ -73,11 +78,7 @@ def next_token_logits(
         return selected_logits(model, every, last, input_ids=ids, use_cache=False)
 
     lengths = [len(prompt) for prompt in prompts]
-    for batch, found in run_padded(lengths, budget or padded_budget(model.device), run_batch):
-        rows.append(found)
-        order += batch
-    inverse = torch.tensor(order, device=rows[0].device).argsort()
-    return torch.cat(rows)[inverse]
+    return in_order(run_padded(lengths, budget or padded_budget(model.device), run_batch))
 
 
 def check_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> None:

@@ -6,7 +6,7 @@ positions count from 0 as they do for a prompt alone. B rows, T tokens, D width,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -83,6 +83,17 @@ def run_padded(
 ) -> Iterator[tuple[Sequence[int], Result]]:
     """`call(batch)` for batches of indices of similar length, as large as memory allows."""
     return budget.run(batches(lengths, budget), lambda batch: len(batch) * max(lengths[index] for index in batch), call)
+
+
+def in_order(found: Iterable[tuple[Sequence[int], Tensor]], dim: int = 0) -> Tensor:
+    """What came of all batches as one tensor, rows along `dim` in the order of the indices that the batches name."""
+    order: list[int] = []
+    pieces: list[Tensor] = []
+    for batch, piece in found:
+        order += batch
+        pieces.append(piece)
+    inverse = torch.tensor(order, device=pieces[0].device).argsort()
+    return torch.cat(pieces, dim).index_select(dim, inverse)
 
 
 def batches(lengths: Sequence[int], budget: TokenBudget) -> Iterator[list[int]]:

@@ -10,7 +10,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from introspect_ray.interventions.edits import Edits
-from introspect_ray.interventions.forward import edited_layers, padded, padded_budget, run_padded, selected_logits
+from introspect_ray.interventions.forward import (
+    edited_layers,
+    in_order,
+    padded,
+    padded_budget,
+    run_padded,
+    selected_logits,
+)
 from introspect_ray.interventions.memory import TokenBudget
 from introspect_ray.interventions.types import CleanRun, Intervention
 
@@ -23,17 +30,11 @@ def hooked_logits(
     budget: TokenBudget | None = None,
 ) -> Float[Tensor, "R V"]:
     """Last-position logits of R rows; row r is the prompt of `runs[r]` under `interventions[r]`."""
-    order: list[int] = []
-    pieces: list[Tensor] = []
 
     def run_batch(batch: Sequence[int]) -> Tensor:
         return _batch_logits(model, [runs[index] for index in batch], [interventions[index] for index in batch])
 
-    for batch, logits in run_padded([len(run) for run in runs], budget or padded_budget(model.device), run_batch):
-        pieces.append(logits)
-        order += batch
-    inverse = torch.tensor(order, device=pieces[0].device).argsort()
-    return torch.cat(pieces)[inverse]
+    return in_order(run_padded([len(run) for run in runs], budget or padded_budget(model.device), run_batch))
 
 
 def _batch_logits(

@@ -21,7 +21,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from introspect_ray.interventions.clean import attention_window
-from introspect_ray.interventions.forward import selected_logits
+from introspect_ray.interventions.forward import in_order, selected_logits
 from introspect_ray.interventions.memory import TokenBudget
 from introspect_ray.interventions.packing import Pack, Row, packs
 from introspect_ray.interventions.types import CleanRun, Intervention
@@ -125,8 +125,6 @@ class Ladder:
         The runs must hold keys and values, and be no longer than the window.
         """
         rows = [Row(run, intervention) for run, intervention in zip(runs, interventions, strict=True)]
-        order: list[int] = []
-        pieces: list[Tensor] = []
 
         def run_pack(indices: Sequence[int]) -> Tensor:
             return self._pack_logits(Pack([rows[index] for index in indices], self._num_layers))
@@ -134,11 +132,7 @@ class Ladder:
         def num_tokens(indices: Sequence[int]) -> int:
             return sum(rows[index].num_tokens for index in indices)
 
-        for indices, logits in self._budget.run(packs(rows, self._budget), num_tokens, run_pack):
-            pieces.append(logits)
-            order += indices
-        inverse = torch.tensor(order, device=pieces[0].device).argsort()
-        return torch.cat(pieces)[inverse]
+        return in_order(self._budget.run(packs(rows, self._budget), num_tokens, run_pack))
 
     def _pack_logits(self, pack: Pack) -> Float[Tensor, "R V"]:
         positions, ends = pack.positions(), pack.ends()

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from introspect_ray.interventions.clean import attention_window, check_prompts, next_token_logits
-from introspect_ray.interventions.forward import padded, run_padded, selected_logits
+from introspect_ray.interventions.forward import in_order, padded, run_padded, selected_logits
 from introspect_ray.interventions.memory import TokenBudget
 from introspect_ray.interventions.selfcheck import TOLERANCE
 from introspect_ray.models.structure import text_config
@@ -82,13 +82,7 @@ class PairedRuns:
             chosen = [rows[index] for index in batch]
             return self._batch(chosen, [len(pairs[index][0]) for index in batch], [prefixes[index] for index in batch])
 
-        order: list[int] = []
-        pieces: list[Tensor] = []
-        for batch, logits in run_padded([len(row) for row in rows], self._budget, run_batch):
-            order += batch
-            pieces.append(logits)
-        inverse = torch.tensor(order, device=pieces[0].device).argsort()
-        one, other = torch.cat(pieces, dim=1)[:, inverse]
+        one, other = in_order(run_padded([len(row) for row in rows], self._budget, run_batch), dim=1)
         return one, other
 
     def _batch(self, rows: Sequence[Sequence[int]], splits: Sequence[int], prefixes: Sequence[int]) -> Tensor:
