@@ -1,7 +1,7 @@
 """How every job starts: `--config FILE.yaml`, typed dotted overrides, one clear line for a user's mistake.
 
     jobs/x.py --config FILE.yaml --actors.max_size 4
-        |  defaults (config.py)  <-  FILE.yaml  <-  command line
+        |  defaults (config/)  <-  FILE.yaml  <-  command line
         v
     one validated config tree, printed as YAML  ->  main(config)
 

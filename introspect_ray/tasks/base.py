@@ -70,7 +70,7 @@ class Task(Protocol):
     selected_by: ClassVar[tuple[str, ...]]
     """Record columns that `select` looks at beside `record_id`, `split` and `status`."""
     source_formats: ClassVar[tuple[str, ...]]
-    """Source formats (config.SourceConfig.format) whose rows this task accepts, the preferred one first."""
+    """Source formats (SourceConfig.format) whose rows this task accepts, the preferred one first."""
 
     def schema(self, width: int, config: GenerateConfig) -> pa.Schema:
         """Columns of one record: `COMMON_FIELDS` first. `width` is the target's d_M."""

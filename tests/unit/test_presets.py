@@ -1,10 +1,12 @@
 """Ready configs: a model and a task choose P1's hyperparameters, and whatever is given goes over them."""
 
+from typing import get_args
+
 import pytest
 import yaml
 
 from introspect_ray.cli import parse
-from introspect_ray.config import TaskName, TrainConfig, get_args
+from introspect_ray.config import TaskName, TrainConfig
 from introspect_ray.errors import UserError
 from introspect_ray.presets import Train8BConfig, Train70BConfig
 

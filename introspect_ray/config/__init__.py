@@ -1,0 +1,80 @@
+"""One validated, typed config per job: the only place where a default is written.
+
+Every job takes `--config FILE.yaml` and `--section.field value` overrides; both end in one of the trees below.
+Unknown keys and values out of range are refused here, before any model is touched. The resolved tree is saved beside
+what the job writes, so that an output folder can say which config it belongs to.
+"""
+
+from introspect_ray.config.base import Config, Fraction, differences, resolved
+from introspect_ray.config.datasets import ConvertConfig, GenerateConfig, InspectConfig
+from introspect_ray.config.evaluation import EvaluateConfig, EvaluationRun, Method
+from introspect_ray.config.explainers import ExplainerConfig, ExportConfig, FitProjectionConfig, LoraConfig
+from introspect_ray.config.pocket import (
+    BuildPocketConfig,
+    PocketSparseConfig,
+    PocketTargetConfig,
+    QuickstartConfig,
+    QuickstartTask,
+)
+from introspect_ray.config.resources import ActorConfig, ModelConfig, SourceConfig
+from introspect_ray.config.tasks import (
+    POCKET_FEATURES,
+    POCKET_QUESTIONS,
+    ActivationPatchingConfig,
+    FeatureDescriptionConfig,
+    InputAblationConfig,
+    SplitConfig,
+    TaskName,
+)
+from introspect_ray.config.training import (
+    HUB_IDS,
+    EvaluationDuringConfig,
+    GpuName,
+    KnownModel,
+    LoggingConfig,
+    OptimizationConfig,
+    PlanConfig,
+    TrainConfig,
+    TrainerConfig,
+)
+
+__all__ = [
+    "HUB_IDS",
+    "POCKET_FEATURES",
+    "POCKET_QUESTIONS",
+    "ActivationPatchingConfig",
+    "ActorConfig",
+    "BuildPocketConfig",
+    "Config",
+    "ConvertConfig",
+    "EvaluateConfig",
+    "EvaluationDuringConfig",
+    "EvaluationRun",
+    "ExplainerConfig",
+    "ExportConfig",
+    "FeatureDescriptionConfig",
+    "FitProjectionConfig",
+    "Fraction",
+    "GenerateConfig",
+    "GpuName",
+    "InputAblationConfig",
+    "InspectConfig",
+    "KnownModel",
+    "LoggingConfig",
+    "LoraConfig",
+    "Method",
+    "ModelConfig",
+    "OptimizationConfig",
+    "PlanConfig",
+    "PocketSparseConfig",
+    "PocketTargetConfig",
+    "QuickstartConfig",
+    "QuickstartTask",
+    "SourceConfig",
+    "SplitConfig",
+    "TaskName",
+    "TrainConfig",
+    "TrainerConfig",
+    "differences",
+    "resolved",
+]
