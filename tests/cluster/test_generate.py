@@ -110,8 +110,9 @@ def test_an_item_that_always_kills_its_process_is_a_failed_record(tmp_path, clus
 
 def test_a_shard_that_is_out_of_attempts_fails_the_run_alone(tmp_path, cluster, monkeypatch):  # noqa: ARG001
     monkeypatch.setattr(generate_module, "RETRIES_PER_SHARD", 1)
-    config = fake_config(tmp_path, ["a", "b", "kill", "c"], items_per_shard=1)
-    line = r"1 shards were not written, the first is shards/shard-00002.parquet \(its processes died\)"
+    # The deadly one comes last, because an order that waits behind it at the same actor loses an attempt with it.
+    config = fake_config(tmp_path, ["a", "b", "c", "kill"], items_per_shard=1)
+    line = r"1 shards were not written, the first is shards/shard-00003.parquet \(its processes died\)"
     with pytest.raises(RunFailed, match=line):
         run(config)
     assert len(list((tmp_path / "out" / "shards").glob("shard-*"))) == 3
@@ -151,7 +152,7 @@ def test_a_device_that_fails_costs_one_more_try_elsewhere(tmp_path, cluster):  #
 
 def test_a_device_that_is_broken_is_named(tmp_path, cluster, monkeypatch):  # noqa: ARG001
     monkeypatch.setattr(generate_module, "RETRIES_PER_SHARD", 1)
-    config = fake_config(tmp_path, ["device", "a", "b"], items_per_shard=1)
+    config = fake_config(tmp_path, ["a", "b", "device"], items_per_shard=1)
     with pytest.raises(RunFailed, match=r"1 shards .*\(RuntimeError: CUDA error: unspecified launch failure\)"):
         run(config)
 
