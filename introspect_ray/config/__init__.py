@@ -17,6 +17,14 @@ from introspect_ray.config.pocket import (
     QuickstartTask,
 )
 from introspect_ray.config.resources import ActorConfig, ModelConfig, SourceConfig
+from introspect_ray.config.rewriting import (
+    P2_FRACTIONS,
+    POCKET_LINES,
+    DescriptionSourceConfig,
+    RewriteConfig,
+    RewriteLineConfig,
+    RewriteSimulatorConfig,
+)
 from introspect_ray.config.tasks import (
     POCKET_FEATURES,
     POCKET_QUESTIONS,
@@ -40,13 +48,16 @@ from introspect_ray.config.training import (
 
 __all__ = [
     "HUB_IDS",
+    "P2_FRACTIONS",
     "POCKET_FEATURES",
+    "POCKET_LINES",
     "POCKET_QUESTIONS",
     "ActivationPatchingConfig",
     "ActorConfig",
     "BuildPocketConfig",
     "Config",
     "ConvertConfig",
+    "DescriptionSourceConfig",
     "EvaluateConfig",
     "EvaluationDuringConfig",
     "EvaluationRun",
@@ -70,6 +81,9 @@ __all__ = [
     "PocketTargetConfig",
     "QuickstartConfig",
     "QuickstartTask",
+    "RewriteConfig",
+    "RewriteLineConfig",
+    "RewriteSimulatorConfig",
     "SourceConfig",
     "SplitConfig",
     "TaskName",
