@@ -37,7 +37,7 @@ class RewriteSimulatorConfig(Config):
 
     name: Name = "finetuned"
     kind: Literal["path", "pocket", "exact"] = "pocket"
-    """`path`: what `path` names; `pocket`: trained by this job on pocket texts that are not evaluated on, into the folder
+    """`path`: what `path` names; `pocket`: trained by this job on pocket texts that are not evaluated on, into
     `simulators/NAME` of the output; `exact`: the pocket lexicon itself, which says 10 where a description holds."""
     path: str = ""
     balanced: bool = False

@@ -202,7 +202,8 @@ def _contrast(
     line: Line, levels: Levels, own: Float[np.ndarray, "M S"], truth: Float[np.ndarray, "M S"]
 ) -> tuple[str | None, ...]:
     names = line.needed
-    pool = np.nan_to_num(levels.levels[np.ix_(levels.measured, [levels.index[name] for name in names])])
+    columns = np.array([levels.index[name] for name in names], dtype=np.int64)
+    pool = np.nan_to_num(levels.levels[levels.measured][:, columns])
     unit = np.maximum(line.maximum, 1e-12) / MAX_LEVEL
     chosen = contrasts(own, np.minimum(truth / unit, MAX_LEVEL), pool)
     return tuple(names[column] if column >= 0 else None for column in chosen.tolist())

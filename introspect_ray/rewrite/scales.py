@@ -63,7 +63,7 @@ class PaperScale:
 
 
 def paper_activation(expected: Float[np.ndarray, "N S"], maximum: Float[np.ndarray, " S"]) -> Float[np.ndarray, "N S"]:
-    """P2's activation at an expected level of 0..9; -1 stands for a reply that could not be parsed. Defects included."""
+    """P2's activation at an expected level of 0..9, defects included; -1 stands for a reply that was not parsed."""
     linear_part = expected / (P2_LEVELS - 1) * maximum
     return np.where(expected < 0, maximum, np.where(expected >= P2_LEVELS - 1, 0.0, linear_part))
 
@@ -202,7 +202,7 @@ def _logistic(
 def contrasts(
     levels: Float[np.ndarray, "N S"], truth_levels: Float[np.ndarray, "N S"], pool: Float[np.ndarray, "N C"]
 ) -> Int[np.ndarray, " S"]:
-    """For each latent the column of `pool` whose subtraction from its levels brings them closest to the truth; -1: none.
+    """For each latent the column of `pool` whose subtraction brings its levels closest to the truth; -1: none.
 
     "This, but not that": the description of another latent, where it is said to fire, takes back what the latent's own
     description says. Only tokens on which a latent is said to fire count, and the error must fall by a tenth.
