@@ -17,6 +17,7 @@ from introspect_ray.config.pocket import (
     QuickstartTask,
 )
 from introspect_ray.config.resources import ActorConfig, ModelConfig, SourceConfig
+from introspect_ray.config.simulators import SimulatorConfig
 from introspect_ray.config.tasks import (
     POCKET_FEATURES,
     POCKET_QUESTIONS,
@@ -70,6 +71,7 @@ __all__ = [
     "PocketTargetConfig",
     "QuickstartConfig",
     "QuickstartTask",
+    "SimulatorConfig",
     "SourceConfig",
     "SplitConfig",
     "TaskName",
