@@ -25,6 +25,7 @@ from introspect_ray.config.rewriting import (
     RewriteLineConfig,
     RewriteSimulatorConfig,
 )
+from introspect_ray.config.simulators import SimulatorConfig
 from introspect_ray.config.tasks import (
     POCKET_FEATURES,
     POCKET_QUESTIONS,
@@ -84,6 +85,7 @@ __all__ = [
     "RewriteConfig",
     "RewriteLineConfig",
     "RewriteSimulatorConfig",
+    "SimulatorConfig",
     "SourceConfig",
     "SplitConfig",
     "TaskName",
