@@ -310,14 +310,14 @@ LAYOUTS = (
     Layout("known_facts", ("subject", "template", "attribute", "relation_id"), _known_fact),
     Layout("mmlu", ("question", "choices", "answer", "subject"), _mmlu),
     Layout("marked_text", ("text", "span_start", "span_end"), _marked_text, ("subject",)),
-    Layout("text", ("text",), lambda row: {"text": _text(row["text"])}),
-    Layout("latent_labels", ("layer", "index", "description", "accepted", "score"), _latent_label, ("kind", "vector")),
     Layout(
         "latent_labels",
         ("layer", "latent", "text", "source", "scores"),
         _description,
         ("preferred", "candidates", "label_score"),
     ),
+    Layout("text", ("text",), lambda row: {"text": _text(row["text"])}),
+    Layout("latent_labels", ("layer", "index", "description", "accepted", "score"), _latent_label, ("kind", "vector")),
 )
 """All known layouts: NeelNanda/counterfact-tracing, ROME's nested counterfact, ROME's known facts, cais/mmlu, ours, and
 descriptions.jsonl."""
