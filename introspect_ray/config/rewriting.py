@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from introspect_ray.config.base import Config, Fraction
 from introspect_ray.config.resources import ActorConfig, ModelConfig, SourceConfig
+from introspect_ray.config.simulators import SimulatorConfig
+from introspect_ray.config.tasks import SplitConfig
 
-Name = Annotated[str, Field(pattern=r"^\w[\w .+()-]{0,39}$")]
+Name = Annotated[str, Field(pattern=r"^\w[\w .:+()-]{0,39}$")]
 Selection = Literal["score", "contribution", "random"]
 P2_FRACTIONS = (0.001, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 
@@ -33,20 +35,20 @@ class DescriptionSourceConfig(Config):
 
 
 class RewriteSimulatorConfig(Config):
-    """One simulator: a folder or model for load_simulator, or one that is trained or built by this job."""
+    """One simulator: a given one, or one that this job trains or builds."""
 
     name: Name = "finetuned"
-    kind: Literal["path", "pocket", "exact"] = "pocket"
-    """`path`: what `path` names; `pocket`: trained by this job on pocket texts that are not evaluated on, into
-    `simulators/NAME` of the output; `exact`: the pocket lexicon itself, which says 10 where a description holds."""
-    path: str = ""
+    kind: Literal["given", "pocket", "exact"] = "pocket"
+    """`pocket`: trained by this job on pocket texts that are not evaluated on, into `simulators/NAME` of the output;
+    `exact`: the pocket lexicon itself, which says 10 where a description holds and 0 elsewhere."""
+    given: SimulatorConfig | None = None
     balanced: bool = False
-    """`pocket`: train on as many windows that fire as windows that do not, instead of the natural base rate."""
+    """`pocket`: train on as many tokens that fire as tokens that do not, instead of at the natural base rate."""
 
     @model_validator(mode="after")
-    def _has_path(self) -> Self:
-        if (self.kind == "path") != bool(self.path):
-            raise ValueError(f"simulator {self.name} of kind {self.kind} has path {self.path!r}")
+    def _is_given(self) -> Self:
+        if (self.kind == "given") != (self.given is not None):
+            raise ValueError(f"simulator {self.name} of kind {self.kind} has given: {self.given}")
         return self
 
 
@@ -74,26 +76,37 @@ class RewriteLineConfig(Config):
     max_fraction: Fraction = 1.0
 
 
+def _needed_most(name: str, **changes: Any) -> RewriteLineConfig:
+    """A line about the latents that the loss needs most, where it shows what simulation loses."""
+    return RewriteLineConfig(name=name, selection="contribution", max_fraction=0.4, **changes)
+
+
 POCKET_LINES = (
     RewriteLineConfig(name="deleted", kind="deleted"),
-    RewriteLineConfig(name="oracle", kind="oracle"),
+    RewriteLineConfig(name="oracle", kind="oracle", max_fraction=0.2),
     RewriteLineConfig(name="oracle levels", kind="oracle_levels"),
     RewriteLineConfig(name="lexicon quantile"),
     RewriteLineConfig(name="lexicon linear", scale="linear"),
-    RewriteLineConfig(name="lexicon raw", scale="raw"),
-    RewriteLineConfig(name="by contribution", selection="contribution"),
-    RewriteLineConfig(name="by chance", selection="random"),
-    RewriteLineConfig(name="shuffled", descriptions="shuffled"),
-    RewriteLineConfig(name="no description", source="none"),
-    RewriteLineConfig(name="detected", scale="detected"),
-    RewriteLineConfig(name="context", scale="context"),
-    RewriteLineConfig(name="contrast", descriptions="contrast"),
-    RewriteLineConfig(name="max of several", descriptions="max"),
-    RewriteLineConfig(name="mean of several", descriptions="mean"),
-    RewriteLineConfig(name="exact reader", simulator="exact"),
-    RewriteLineConfig(name="without false alarms", repaired="false_alarms"),
-    RewriteLineConfig(name="without misses", repaired="misses"),
-    RewriteLineConfig(name="without either", repaired="both"),
+    RewriteLineConfig(name="lexicon raw", scale="raw", max_fraction=0.4),
+    RewriteLineConfig(name="shuffled", descriptions="shuffled", max_fraction=0.4),
+    RewriteLineConfig(name="no description", source="none", max_fraction=0.4),
+    RewriteLineConfig(name="random: deleted", kind="deleted", selection="random", max_fraction=0.4),
+    RewriteLineConfig(name="random: quantile", selection="random", max_fraction=0.4),
+    _needed_most("needed: deleted", kind="deleted"),
+    _needed_most("needed: oracle levels", kind="oracle_levels"),
+    _needed_most("needed: quantile"),
+    _needed_most("needed: linear", scale="linear"),
+    _needed_most("needed: shuffled", descriptions="shuffled"),
+    _needed_most("needed: no description", source="none"),
+    _needed_most("needed: exact reader", simulator="exact"),
+    _needed_most("needed: no false alarms", repaired="false_alarms"),
+    _needed_most("needed: no misses", repaired="misses"),
+    _needed_most("needed: neither", repaired="both"),
+    _needed_most("needed: detected", scale="detected"),
+    _needed_most("needed: context", scale="context"),
+    _needed_most("needed: contrast", descriptions="contrast"),
+    _needed_most("needed: max of several", descriptions="max"),
+    _needed_most("needed: mean of several", descriptions="mean"),
 )
 
 
@@ -106,12 +119,16 @@ class RewriteConfig(Config):
     coder: str = "pocket:transcoder"
     """A transcoder replaces the MLP of its layer, an SAE the residual stream that its layer puts out."""
     source: SourceConfig = SourceConfig()
-    """Plain texts; the last ones are evaluated on, the first ones are what everything is fitted on."""
+    """Plain texts."""
+    split: SplitConfig = SplitConfig(train=0.6, validation=0.1, test=0.3)
+    """Shares of the texts, as in collect_exemplars.py, so that simulators have seen none that is evaluated on."""
     evaluation_texts: Annotated[int, Field(ge=2)] = 240
+    """Texts of the test split that losses are of."""
     fit_texts: Annotated[int, Field(ge=1)] = 160
-    """Texts that are simulated to fit scales on."""
+    """Texts of the validation split that are simulated to fit scales on."""
     statistics_texts: Annotated[int, Field(ge=1)] = 2000
-    """Texts, the fit texts among them, that maxima, firing rates, contributions and mean outputs come from."""
+    """Texts of the training split that, with the fit texts, maxima, firing rates, contributions and mean outputs come
+    from."""
     where: Literal["all", "last"] = "all"
     """Positions that are replaced and measured: all but the first of a text, or the last of a window."""
     window_tokens: Annotated[int, Field(ge=2)] = 64
@@ -129,6 +146,8 @@ class RewriteConfig(Config):
     """Name of the score that `selection: score` goes by; none takes the first that a description has."""
     explainer: str | None = None
     """Folder of a trained explainer: adds its descriptions as the source and the line `explainer`."""
+    simulator: str | None = None
+    """Folder of a trained simulator, to take instead of training the first one of `simulators`."""
     simulators: tuple[RewriteSimulatorConfig, ...] = (
         RewriteSimulatorConfig(),
         RewriteSimulatorConfig(name="exact", kind="exact"),
@@ -140,7 +159,8 @@ class RewriteConfig(Config):
     """Line that the report is about, at `headline_fraction`."""
     headline_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
     paper_compat: bool = False
-    """P2 as coded: last token of 32-token windows, top 32 kept, linear scale with its defects, its baselines."""
+    """P2 as coded, whatever `where`, `window_tokens`, `top_k`, `fractions` and `lines` say: the last token of 32-token
+    windows, top 32 kept, best-scored and random latents, its linear scale and its random latents with their defects."""
     max_failed_share: Fraction = 0.05
     """The run fails if the simulator raised for a larger share of its (description, text shard) pairs."""
     texts_per_shard: Annotated[int, Field(ge=1)] = 80
@@ -167,8 +187,8 @@ class RewriteConfig(Config):
                     f"line {line.name} has source {line.source} and simulator {line.simulator}:"
                     f" expected one of {', '.join(sorted(sources))} and one of {', '.join(sorted(simulators))}"
                 )
+        if self.headline_fraction not in self.fractions:
+            raise ValueError(f"headline_fraction is {self.headline_fraction}: expected one of {self.fractions}")
         if self.headline not in {line.name for line in self.lines}:
             raise ValueError(f"headline is {self.headline!r}: expected the name of a line")
-        if self.fit_texts > self.statistics_texts:
-            raise ValueError(f"fit_texts {self.fit_texts} are among statistics_texts, found {self.statistics_texts}")
         return self

@@ -216,7 +216,7 @@ def _run(
     run_id = uuid.uuid4().hex
     tell = partial(_tell_if_waiting, prepared, run_id)
     # Closed at once: what is left of a pool would keep its processors from the next run in this process.
-    with run_context(), closing(quiet_rows(_pipeline(prepared, orders, load_target, run_id).iter_rows(), tell)) as rows:
+    with _context(), closing(_quietly(_pipeline(prepared, orders, load_target, run_id).iter_rows(), tell)) as rows:
         while len(lost) <= MAX_LOST_SHARDS and (row := _next_row(prepared, rows, left)) is not None:
             order = left[row["index"]]
             if row["error_kind"] == UserError.__name__:
@@ -245,7 +245,7 @@ def _next_row(
         raise _translated(error, fault) from (error if is_verbose() else None)
 
 
-def quiet_rows(rows: Iterable[dict[str, Any]], tell: Callable[[TextIO], None]) -> Generator[dict[str, Any], None, None]:
+def _quietly(rows: Iterable[dict[str, Any]], tell: Callable[[TextIO], None]) -> Generator[dict[str, Any], None, None]:
     """The same rows; standard error is silent while waiting for one, and open while it is used.
 
     If the first row takes longer than `NOTE_AFTER_S`, `tell` may say on standard error why.
@@ -317,7 +317,7 @@ def _pipeline(
 
 
 @contextmanager
-def run_context() -> Iterator[None]:
+def _context() -> Iterator[None]:
     """Ray Data's settings for this run, put back afterwards."""
     context = ray.data.DataContext.get_current()
     wanted = {

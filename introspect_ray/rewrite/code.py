@@ -6,6 +6,11 @@ vectors are never held at once. N vectors, F latents, S chosen latents, D_in wid
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from itertools import accumulate
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -58,7 +63,7 @@ def replaced(
         _replaced(vectors_of(code, start, stop), chosen, simulated[start:stop])
         for start, stop in _spans(code.num_vectors, len(chosen))
     ]
-    whole = _joined(parts, code)
+    whole = joined(parts)
     return whole if top_k is None else largest(whole, top_k)
 
 
@@ -94,6 +99,26 @@ def largest(code: ActiveLatents, k: int) -> ActiveLatents:
     return _kept(code, stays)
 
 
+def joined(parts: Sequence[ActiveLatents]) -> ActiveLatents:
+    """Codes one after the other as one."""
+    firsts = accumulate([0, *(part.num_vectors for part in parts)])
+    return ActiveLatents(
+        torch.cat([part.vectors + first for part, first in zip(parts, firsts, strict=False)]),
+        torch.cat([part.latents for part in parts]),
+        torch.cat([part.values for part in parts]),
+        sum(part.num_vectors for part in parts),
+        parts[0].num_latents,
+    )
+
+
+def on_device(coder: SparseCoder, device: torch.device) -> SparseCoder:
+    """The coder with its weights on a device."""
+    tensors: dict[str, Any] = {
+        part.name: value.to(device) for part in fields(coder) if isinstance(value := getattr(coder, part.name), Tensor)
+    }
+    return replace(coder, **tensors)
+
+
 def moved(code: ActiveLatents, live: Int[Tensor, " L"], seed: int) -> ActiveLatents:
     """Every vector keeps its values, on latents drawn from `live` at random: as many active, all meaningless.
 
@@ -109,6 +134,21 @@ def moved(code: ActiveLatents, live: Int[Tensor, " L"], seed: int) -> ActiveLate
     return ActiveLatents(code.vectors, latents[order], code.values[order], code.num_vectors, code.num_latents)
 
 
+def paper_random(code: ActiveLatents, live: Int[Tensor, " L"], count: int, seed: int) -> ActiveLatents:
+    """P2's random latents as coded: each vector gets `count` random latents, all at one value, the *number* of the
+    vector's first active latent where its activation was meant; a vector without active latents gets none."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for vector in code.vectors.unique().tolist():
+        drawn = live[torch.randperm(len(live), generator=generator)[:count].to(live.device)].sort().values
+        value = code.latents[torch.searchsorted(code.vectors, vector)]
+        parts.append((torch.full_like(drawn, vector), drawn, value.to(code.values.dtype).expand(len(drawn))))
+    if not parts:
+        return code
+    vectors, latents, values = (torch.cat(column) for column in zip(*parts, strict=True))
+    return ActiveLatents(vectors, latents, values, code.num_vectors, code.num_latents)
+
+
 def _replaced(code: ActiveLatents, chosen: Int[Tensor, " S"], simulated: Float[Tensor, "N S"]) -> ActiveLatents:
     missing = simulated.isnan()
     if missing.any():
@@ -120,21 +160,6 @@ def _replaced(code: ActiveLatents, chosen: Int[Tensor, " S"], simulated: Float[T
     values = torch.cat([kept.values, simulated[rows, columns].to(kept.values.dtype)])
     order = (vectors * code.num_latents + latents).argsort()
     return ActiveLatents(vectors[order], latents[order], values[order], code.num_vectors, code.num_latents)
-
-
-def _joined(parts: list[ActiveLatents], like: ActiveLatents) -> ActiveLatents:
-    first = 0
-    vectors = []
-    for part in parts:
-        vectors.append(part.vectors + first)
-        first += part.num_vectors
-    return ActiveLatents(
-        torch.cat(vectors) if parts else like.vectors,
-        torch.cat([part.latents for part in parts]) if parts else like.latents,
-        torch.cat([part.values for part in parts]) if parts else like.values,
-        like.num_vectors,
-        like.num_latents,
-    )
 
 
 def _spans(num_vectors: int, width: int) -> list[tuple[int, int]]:

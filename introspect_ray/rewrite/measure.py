@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from introspect_ray.features.coder import ActiveLatents, SparseCoder
-from introspect_ray.rewrite.code import columns_of, decode, empty, moved, replaced
+from introspect_ray.rewrite.code import columns_of, decode, empty, moved, paper_random, replaced
 from introspect_ray.rewrite.lines import Levels, Line, count_of, fired
 from introspect_ray.rewrite.site import Batch, Site, TextLosses, Written
 from introspect_ray.rewrite.statistics import LatentStatistics, latent_statistics, slopes_of
@@ -24,6 +24,8 @@ from introspect_ray.rewrite.texts import RewriteText
 
 ORIGINAL, TRUE, ZERO = "original", "true latents", "zero latents"
 BASELINES = (ORIGINAL, TRUE, ZERO, "zero output", "mean output", "random latents")
+P2_ACTIVE = 32
+"""Random latents that P2 activates."""
 FALSE_ALARMS_KEPT = 2
 """Of each latent and batch: the false alarms that were said to be strongest."""
 LOGITS_AT_ONCE = 1 << 27
@@ -42,6 +44,7 @@ class MeasurePlan:
     top_k: int | None
     headline: str
     headline_fraction: float
+    paper_compat: bool
     seed: int
 
     def counts(self, line: Line) -> Iterator[tuple[float, int]]:
@@ -137,6 +140,10 @@ def _baselines(
 ) -> Iterator[tuple[str, Float[Tensor, "M D"] | None]]:
     """What is written in each condition that simulates nothing; `None` changes nothing."""
     live = torch.as_tensor(plan.live, device=code.latents.device)
+    if plan.paper_compat:
+        random = paper_random(code, live, P2_ACTIVE, plan.seed + row)
+    else:
+        random = moved(code, live, plan.seed + row)
     mean = torch.as_tensor(plan.mean_output, dtype=torch.float32, device=written.y.device)
     outputs = {
         ORIGINAL: None,
@@ -144,7 +151,7 @@ def _baselines(
         ZERO: decode(coder, empty(code), written.x),
         "zero output": torch.zeros_like(written.y),
         "mean output": mean.expand_as(written.y),
-        "random latents": decode(coder, moved(code, live, plan.seed + row), written.x),
+        "random latents": decode(coder, random, written.x),
     }
     assert tuple(outputs) == BASELINES
     yield from outputs.items()

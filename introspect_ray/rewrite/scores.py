@@ -44,6 +44,8 @@ class ConditionScores:
     """How much lower its loss is than that of zero latents: positive is better than deleting all latents."""
     below_deleted: Interval | None
     """How much lower its loss is than with the same latents deleted; none if that was not measured."""
+    divergence_below_deleted: Interval | None
+    """The same of the divergences, which do not gain by chance."""
     coverage: float
     """Share of texts in which every chosen latent was simulated."""
 
@@ -57,12 +59,16 @@ def condition_scores(losses: Losses, name: str, deleted: str | None, options: Bo
 
     tokens = losses.tokens[covered]
     below_zero = nats(ZERO, name)
+    closer = None
+    if deleted is not None:
+        closer = ratio_interval((losses.divergence[deleted] - losses.divergence[name])[covered], tokens, options)
     return ConditionScores(
         increase=ratio_interval(nats(name, ORIGINAL), tokens, options),
         divergence=ratio_interval(losses.divergence[name][covered], tokens, options),
         recovered=ratio_interval(below_zero, nats(ZERO, TRUE), options),
         below_zero=ratio_interval(below_zero, tokens, options),
         below_deleted=ratio_interval(nats(deleted, name), tokens, options) if deleted is not None else None,
+        divergence_below_deleted=closer,
         coverage=float(covered.mean()) if len(covered) else math.nan,
     )
 

@@ -1,0 +1,2 @@
+def render_rewriting(*a: object) -> str:
+    return "<html></html>"

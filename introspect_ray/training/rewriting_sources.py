@@ -1,0 +1,145 @@
+"""Where a rewriting run gets its words and its simulators from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from introspect_ray.config import (
+    DescriptionSourceConfig,
+    FeatureDescriptionConfig,
+    ModelConfig,
+    RewriteConfig,
+    RewriteSimulatorConfig,
+    resolved,
+)
+from introspect_ray.data.description_files import lexicon_descriptions, read_descriptions, write_descriptions
+from introspect_ray.data.identity import folder_digest
+from introspect_ray.data.storage import Folder
+from introspect_ray.errors import UserError
+from introspect_ray.explainer.card import local_copy, read_card
+from introspect_ray.explainer.query import Query, Vector
+from introspect_ray.features.coder import SparseCoder
+from introspect_ray.features.descriptions import Description
+from introspect_ray.models.loading import load_tokenizer
+from introspect_ray.pocket.reader import ExactReader
+from introspect_ray.simulator.base import Simulator
+from introspect_ray.simulator.loading import check_simulator, load_simulator
+from introspect_ray.tasks.base import stable_id
+from introspect_ray.training.answering import AnswerPool
+
+QUERIES_AT_ONCE = 128
+
+Progress = Callable[[int, int, str], None]
+"""(steps done, steps in all, what they are)."""
+
+
+@dataclass(frozen=True)
+class LoadSimulator:
+    """How actors load a simulator, and a digest of all that its levels depend on."""
+
+    load: Callable[[], Simulator]
+    digest: str
+
+
+def check_sources(config: RewriteConfig) -> None:
+    """Refuse descriptions, explainers and simulators that are not there. Raises UserError."""
+    for source in config.sources:
+        if source.kind == "lexicon":
+            lexicon_descriptions(config.coder)
+        elif source.kind == "file":
+            read_descriptions(source.path)
+        elif source.kind == "explainer":
+            read_card(source.path)
+    for simulator in config.simulators:
+        if simulator.given is not None:
+            check_simulator(simulator.given)
+        elif config.source.path != "pocket":
+            raise UserError(
+                f"simulator {simulator.name} of kind {simulator.kind} reads texts of the pocket world only, source is"
+                f" {config.source.path}: give a trained one (--simulator FOLDER)"
+            )
+
+
+def all_descriptions(
+    config: RewriteConfig,
+    layer: int,
+    coder: SparseCoder,
+    live: Sequence[int],
+    progress: Progress,
+) -> dict[str, list[Description]]:
+    """Descriptions of the coder's latents by name of their source; an explainer is asked about the live ones."""
+    found = {}
+    for source in config.sources:
+        if source.kind == "lexicon":
+            descriptions = lexicon_descriptions(config.coder)
+        elif source.kind == "file":
+            descriptions = read_descriptions(source.path)
+        elif source.kind == "none":
+            descriptions = [Description(layer, latent, "", "none") for latent in live]
+        else:
+            descriptions = _explained(config, source, layer, coder, live, progress)
+        of_coder = [one for one in descriptions if one.layer == layer and one.latent < coder.num_latents]
+        if not of_coder:
+            raise UserError(f"description source {source.name} has no description of a latent of layer {layer}")
+        found[source.name] = of_coder
+    return found
+
+
+def _explained(
+    config: RewriteConfig,
+    source: DescriptionSourceConfig,
+    layer: int,
+    coder: SparseCoder,
+    live: Sequence[int],
+    progress: Progress,
+) -> list[Description]:
+    """What the explainer says about the decoder row of each live latent; kept in `descriptions/` of the output."""
+    with local_copy(source.path) as path:
+        key = stable_id(folder_digest(path), config.coder, list(live))
+    folder = Folder(f"{config.output}/descriptions/{source.name}-{key}")
+    try:
+        return read_descriptions(folder.url)
+    except UserError:
+        pass
+    before, after = FeatureDescriptionConfig().question.replace("{layer}", str(layer)).split("{vector}")
+    rows = coder.feature_vectors[list(live)].float().numpy()
+    done = 0
+
+    def answered(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, len(live), f"descriptions by {source.name}")
+
+    pool = AnswerPool(source.path, config.target_actors, QUERIES_AT_ONCE, answered)
+    texts = pool.answer("trained", [Query((before, Vector(row, (layer,)), after)) for row in rows])
+    said = [
+        Description(layer, latent, text.strip(), f"explainer:{source.name}")
+        for latent, text in zip(live, texts, strict=True)
+        if text.strip()
+    ]
+    write_descriptions(folder, said)
+    return said
+
+
+def open_simulator(config: RewriteConfig, simulator: RewriteSimulatorConfig) -> LoadSimulator:
+    """The simulator of a config; one of kind `pocket` is trained first, unless it was."""
+    if simulator.kind == "exact":
+        return LoadSimulator(partial(_load_exact, config.target), stable_id("exact", resolved(config.target)))
+    assert simulator.given is not None
+    given = simulator.given.model_copy(update={"cache_tokens": 0})
+    return LoadSimulator(partial(load_simulator, given), stable_id(resolved(given), _digest(given.model.path)))
+
+
+def _load_exact(target: ModelConfig) -> Simulator:
+    return ExactReader(load_tokenizer(target))
+
+
+def _digest(path: str) -> str:
+    """Of a folder; empty for a hub id, which names its content well enough."""
+    try:
+        with local_copy(path) as folder:
+            return folder_digest(folder)
+    except OSError:
+        return ""
