@@ -9,6 +9,7 @@ from introspect_ray.config.base import Config, Fraction, differences, resolved
 from introspect_ray.config.datasets import ConvertConfig, GenerateConfig, InspectConfig
 from introspect_ray.config.evaluation import EvaluateConfig, EvaluationRun, Method
 from introspect_ray.config.explainers import ExplainerConfig, ExportConfig, FitProjectionConfig, LoraConfig
+from introspect_ray.config.features import CollectConfig, ExemplarLimits
 from introspect_ray.config.pocket import (
     BuildPocketConfig,
     PocketSparseConfig,
@@ -45,11 +46,13 @@ __all__ = [
     "ActivationPatchingConfig",
     "ActorConfig",
     "BuildPocketConfig",
+    "CollectConfig",
     "Config",
     "ConvertConfig",
     "EvaluateConfig",
     "EvaluationDuringConfig",
     "EvaluationRun",
+    "ExemplarLimits",
     "ExplainerConfig",
     "ExportConfig",
     "FeatureDescriptionConfig",
