@@ -63,6 +63,7 @@ from introspect_ray.training.rewriting_sources import (
     LoadSimulator,
     Progress,
     all_descriptions,
+    check_sources,
     open_simulator,
 )
 
