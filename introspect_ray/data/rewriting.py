@@ -33,7 +33,7 @@ from introspect_ray.features.sae import load_sae
 from introspect_ray.interventions.memory import is_device_error
 from introspect_ray.interventions.target import Target
 from introspect_ray.models.structure import text_config
-from introspect_ray.rewrite.code import joined, on_device
+from introspect_ray.rewrite.code import joined
 from introspect_ray.rewrite.lines import Levels
 from introspect_ray.rewrite.measure import FalseAlarm, Measured, MeasurePlan, measure, read_truth, text_batches
 from introspect_ray.rewrite.site import Site, TextLosses
@@ -97,7 +97,7 @@ def run_step(load: Callable[[], Work], orders: Sequence[Any], actors: ActorConfi
 def make_truth(job: TargetJob, load_target: Callable[[ModelConfig], Target]) -> Work:
     """Orders `{"shard": name, "keep": whether the code itself is kept}`."""
     target = load_target(job.target)
-    coder = on_device(load_sae(job.coder), target.device)
+    coder = load_sae(job.coder).to(target.device)
     site = Site(target, coder)
 
     def work(order: Any) -> Any:
@@ -181,7 +181,7 @@ def make_measure(
 ) -> Work:
     """Orders `{"shard": name}`. `caches` and `needed` descriptions are by name of the simulator."""
     target = load_target(job.target)
-    coder = on_device(load_sae(job.coder), target.device)
+    coder = load_sae(job.coder).to(target.device)
     site = Site(target, coder)
 
     def work(order: Any) -> Any:

@@ -7,9 +7,7 @@ vectors are never held at once. N vectors, F latents, S chosen latents, D_in wid
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
 from itertools import accumulate
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -109,14 +107,6 @@ def joined(parts: Sequence[ActiveLatents]) -> ActiveLatents:
         sum(part.num_vectors for part in parts),
         parts[0].num_latents,
     )
-
-
-def on_device(coder: SparseCoder, device: torch.device) -> SparseCoder:
-    """The coder with its weights on a device."""
-    tensors: dict[str, Any] = {
-        part.name: value.to(device) for part in fields(coder) if isinstance(value := getattr(coder, part.name), Tensor)
-    }
-    return replace(coder, **tensors)
 
 
 def moved(code: ActiveLatents, live: Int[Tensor, " L"], seed: int) -> ActiveLatents:

@@ -52,13 +52,13 @@ from introspect_ray.models.tokens import encode_text
 from introspect_ray.rewrite.code import columns_of, joined
 from introspect_ray.rewrite.lines import Line, Texts, best_texts, fit_line, plan_line, ranking
 from introspect_ray.rewrite.measure import MeasurePlan
+from introspect_ray.rewrite.page import rewriting_page
 from introspect_ray.rewrite.results import Results, results, scores_json, simulation_costs, table
 from introspect_ray.rewrite.scores import Losses
 from introspect_ray.rewrite.settings import effective
 from introspect_ray.rewrite.statistics import LatentStatistics, pooled
 from introspect_ray.simulator.base import Simulator
 from introspect_ray.tasks.base import stable_id
-from introspect_ray.training.rewriting_page import render_rewriting
 from introspect_ray.training.rewriting_sources import (
     LoadSimulator,
     Progress,
@@ -342,7 +342,7 @@ class _Run:
         }
         self.folder.write(SCORES_NAME, scores_json(found, facts).encode())
         pieces = {text.row: window(text.ids, self.tokenizer).pieces for text in texts}
-        page = render_rewriting(config, found, facts, pieces)
+        page = rewriting_page(config, found, facts, verdict(found), pieces)
         self.folder.write(REPORT_NAME, page.encode())
         return RewriteSummary(table(found, config.headline_fraction), verdict(found), found, config.output)
 
