@@ -7,6 +7,16 @@ what the job writes, so that an output folder can say which config it belongs to
 
 from introspect_ray.config.base import Config, Fraction, differences, resolved
 from introspect_ray.config.datasets import ConvertConfig, GenerateConfig, InspectConfig
+from introspect_ray.config.descriptions import (
+    ChatConfig,
+    ConvertDescriptionsConfig,
+    DescribeConfig,
+    DescriptionFormat,
+    EndpointConfig,
+    JudgeConfig,
+    LocalChatConfig,
+    PromptConfig,
+)
 from introspect_ray.config.evaluation import EvaluateConfig, EvaluationRun, Method
 from introspect_ray.config.explainers import ExplainerConfig, ExportConfig, FitProjectionConfig, LoraConfig
 from introspect_ray.config.pocket import (
@@ -46,8 +56,13 @@ __all__ = [
     "ActivationPatchingConfig",
     "ActorConfig",
     "BuildPocketConfig",
+    "ChatConfig",
     "Config",
     "ConvertConfig",
+    "ConvertDescriptionsConfig",
+    "DescribeConfig",
+    "DescriptionFormat",
+    "EndpointConfig",
     "EvaluateConfig",
     "EvaluationDuringConfig",
     "EvaluationRun",
@@ -60,7 +75,9 @@ __all__ = [
     "GpuName",
     "InputAblationConfig",
     "InspectConfig",
+    "JudgeConfig",
     "KnownModel",
+    "LocalChatConfig",
     "LoggingConfig",
     "LoraConfig",
     "Method",
@@ -69,6 +86,7 @@ __all__ = [
     "PlanConfig",
     "PocketSparseConfig",
     "PocketTargetConfig",
+    "PromptConfig",
     "QuickstartConfig",
     "QuickstartTask",
     "SimulatorConfig",
