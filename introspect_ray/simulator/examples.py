@@ -44,14 +44,6 @@ class Pair:
     latent: LatentKey
 
 
-def by_latent(descriptions: Sequence[Description]) -> dict[LatentKey, list[Description]]:
-    """Candidate descriptions of each latent, in their order."""
-    found: dict[LatentKey, list[Description]] = {}
-    for description in descriptions:
-        found.setdefault((description.layer, description.latent), []).append(description)
-    return found
-
-
 def training_pairs(
     latents: Sequence[LatentExemplars], descriptions: Mapping[LatentKey, Sequence[Description]], firing_share: float
 ) -> tuple[list[Pair], list[Pair]]:
