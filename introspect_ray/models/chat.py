@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ COST_CAP = "cost_cap"
 NO_CHOICE = "answer_is_no_choice"
 
 
+@runtime_checkable
 class ChatModel(Protocol):
     """Answers conversations, in their order; batching and concurrency change no answer but for float rounding."""
 
