@@ -56,6 +56,8 @@ class Failure:
     """What was, or may have been, charged all the same."""
     is_general: bool = False
     """Whether every other call would fail as well: a wrong key, a wrong address."""
+    may_pass: bool = False
+    """Whether the same call may succeed at another time, or with other settings of the endpoint."""
 
 
 COST_CAP = "cost_cap"
