@@ -19,6 +19,7 @@ from introspect_ray.config.descriptions import (
 )
 from introspect_ray.config.evaluation import EvaluateConfig, EvaluationRun, Method
 from introspect_ray.config.explainers import ExplainerConfig, ExportConfig, FitProjectionConfig, LoraConfig
+from introspect_ray.config.features import CollectConfig, ExemplarLimits
 from introspect_ray.config.pocket import (
     BuildPocketConfig,
     PocketSparseConfig,
@@ -56,6 +57,7 @@ __all__ = [
     "ActorConfig",
     "BuildPocketConfig",
     "ChatConfig",
+    "CollectConfig",
     "Config",
     "ConvertConfig",
     "ConvertDescriptionsConfig",
@@ -65,6 +67,7 @@ __all__ = [
     "EvaluateConfig",
     "EvaluationDuringConfig",
     "EvaluationRun",
+    "ExemplarLimits",
     "ExplainerConfig",
     "ExportConfig",
     "FeatureDescriptionConfig",
