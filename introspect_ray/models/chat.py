@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class Failure:
     """What was, or may have been, charged all the same."""
     is_general: bool = False
     """Whether every other call would fail as well: a wrong key, a wrong address."""
+    may_pass: bool = False
+    """Whether the same call may succeed at another time, or with other settings of the endpoint."""
 
 
 COST_CAP = "cost_cap"
@@ -63,6 +65,7 @@ COST_CAP = "cost_cap"
 NO_CHOICE = "answer_is_no_choice"
 
 
+@runtime_checkable
 class ChatModel(Protocol):
     """Answers conversations, in their order; batching and concurrency change no answer but for float rounding."""
 

@@ -107,11 +107,12 @@ class EndpointChat:
         problem: _Problem | None = None
         for attempt in range(endpoint.attempts):
             if problem is not None and (stop := self._wait(attempt, problem)) is not None:
-                return _with_cost(stop, lost)
+                return _with_cost(stop, lost, may_pass=True)
             if self._general is not None:
-                return _with_cost(self._general, lost)
+                return _with_cost(self._general, lost, may_pass=True)
             if not self.budget.reserve(most):
-                return Failure(COST_CAP, f"up to {most:.6f} for this call, {self.budget.spent:.6f} spent", lost)
+                detail = f"up to {most:.6f} for this call, {self.budget.spent:.6f} spent"
+                return Failure(COST_CAP, detail, lost, may_pass=True)
             cost = most  # whatever ends the try without an answer that tells
             try:
                 found = self._try(body, sent)
@@ -127,10 +128,11 @@ class EndpointChat:
                 return Completion(found.text, found.tokens_sent, found.tokens_answered, found.truncated, lost)
             if found.failure.is_general:
                 self._general = found.failure
+                return _with_cost(found.failure, lost, may_pass=True)
             if not found.is_retried:
                 break
         assert problem is not None
-        return _with_cost(problem.failure, lost)
+        return _with_cost(problem.failure, lost, may_pass=problem.is_retried)
 
     def _wait(self, attempt: int, problem: _Problem) -> Failure | None:
         """Wait before a further try; a failure if the endpoint asks for more patience than there is."""
@@ -207,8 +209,8 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _with_cost(failure: Failure, cost: float) -> Failure:
-    return Failure(failure.reason, failure.detail, cost, failure.is_general)
+def _with_cost(failure: Failure, cost: float, may_pass: bool) -> Failure:
+    return Failure(failure.reason, failure.detail, cost, failure.is_general, may_pass)
 
 
 def _api_key(variable: str | None) -> str | None:
