@@ -36,7 +36,7 @@ from introspect_ray.config.rewriting import (
     RewriteLineConfig,
     RewriteSimulatorConfig,
 )
-from introspect_ray.config.simulators import SimulatorConfig
+from introspect_ray.config.simulators import ScoreDescriptionsConfig, SimulatorConfig, TrainSimulatorConfig
 from introspect_ray.config.tasks import (
     POCKET_FEATURES,
     POCKET_QUESTIONS,
@@ -106,11 +106,13 @@ __all__ = [
     "RewriteConfig",
     "RewriteLineConfig",
     "RewriteSimulatorConfig",
+    "ScoreDescriptionsConfig",
     "SimulatorConfig",
     "SourceConfig",
     "SplitConfig",
     "TaskName",
     "TrainConfig",
+    "TrainSimulatorConfig",
     "TrainerConfig",
     "differences",
     "resolved",

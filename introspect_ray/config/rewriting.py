@@ -42,8 +42,6 @@ class RewriteSimulatorConfig(Config):
     """`pocket`: trained by this job on pocket texts that are not evaluated on, into `simulators/NAME` of the output;
     `exact`: the pocket lexicon itself, which says 10 where a description holds and 0 elsewhere."""
     given: SimulatorConfig | None = None
-    balanced: bool = False
-    """`pocket`: train on as many tokens that fire as tokens that do not, instead of at the natural base rate."""
 
     @model_validator(mode="after")
     def _is_given(self) -> Self:
@@ -148,6 +146,10 @@ class RewriteConfig(Config):
     """Folder of a trained explainer: adds its descriptions as the source and the line `explainer`."""
     simulator: str | None = None
     """Folder of a trained simulator, to take instead of training the first one of `simulators`."""
+    training_steps: Annotated[int, Field(ge=1)] = 600
+    """Steps that a simulator of kind `pocket` is trained for."""
+    held_out_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the descriptions that it is not trained on; with 0 it knows all of them, from other texts."""
     simulators: tuple[RewriteSimulatorConfig, ...] = (
         RewriteSimulatorConfig(),
         RewriteSimulatorConfig(name="exact", kind="exact"),

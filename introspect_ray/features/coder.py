@@ -6,7 +6,7 @@ N vectors, D_in width read, D_out width written, F latents. Everything is infere
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -69,7 +69,7 @@ class SparseCoder:
 
     def to(self, device: torch.device) -> SparseCoder:
         """The same coder with its weights on a device."""
-        weights = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        weights: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **weights)
 
     @property

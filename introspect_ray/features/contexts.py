@@ -86,7 +86,7 @@ def cut(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, context_token
 
 def window_ids(text: str, count: int) -> UInt64[np.ndarray, " count"]:
     """Ids of the first `count` windows of a text; equal on every machine, in every run and order."""
-    start = np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), np.uint64)
+    start = np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), "<u8").astype(np.uint64)
     return mixed(start + np.arange(count, dtype=np.uint64))
 
 

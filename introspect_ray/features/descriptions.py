@@ -113,7 +113,7 @@ def _scores(row: Mapping[str, Any], where: str) -> dict[str, float | None]:
         known = value is None or (isinstance(value, int | float) and not isinstance(value, bool))
         if not known or (value is not None and not math.isfinite(value)):
             raise UserError(f"{where}: field 'scores.{name}' is {_shown(scores, name)}, expected a number or null")
-    return scores
+    return {name: None if value is None else float(value) for name, value in scores.items()}
 
 
 def _shown(row: Mapping[str, Any], key: str) -> str:

@@ -16,9 +16,9 @@ class Judgement:
 
     tokens: tuple[str, ...]
     activations: tuple[float, ...]
-    distance: float
-    """0 for windows of the latent itself from its top, else the number of the range of its activations, counted from 1;
-    -1 where the latent is silent."""
+    distance: int | float
+    """Number of the range of the latent's activations that the window is from, counted from 1; 0 for its top, -1 where
+    it is silent (delphi: `distance`)."""
     activating: bool
     """Whether the right answer is yes."""
     prediction: bool | None

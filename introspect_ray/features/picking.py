@@ -1,6 +1,6 @@
 """From what was kept of all texts to exemplars: which row is of which kind, and which windows are silent.
 
-R rows, W windows of the pool, T tokens of a window, V different tokens in the pool.
+R rows, W windows of the pool; windows have any number of tokens.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class SilentFinder:
     never taken.
     """
 
-    def __init__(self, pool: Pool, tokens: Sequence[Int[np.ndarray, " T"]]):
+    def __init__(self, pool: Pool, tokens: Sequence[Int[np.ndarray, " _"]]):
         """`tokens` are those of the pool's windows."""
         self._pool = pool
         self._vocabulary, numbers = np.unique(np.concatenate([np.empty(0, np.int64), *tokens]), return_inverse=True)
@@ -87,7 +87,7 @@ class SilentFinder:
         self._rarity = np.log(max(1, len(tokens)) / np.maximum(holders, 1))
 
     def find(
-        self, top: Sequence[Int[np.ndarray, " T"]], split: int, fires: UInt64[np.ndarray, " windows"], count: int
+        self, top: Sequence[Int[np.ndarray, " _"]], split: int, fires: UInt64[np.ndarray, " windows"], count: int
     ) -> UInt64[np.ndarray, " found"]:
         """Ids of the `count` most similar windows of a split at most, the most similar first.
 
@@ -103,12 +103,10 @@ class SilentFinder:
         best = np.argsort(-scores, kind="stable")[:count]
         return self._pool.windows[of_split[best[scores[best] > 0]]]
 
-    def _scores(self, top: Sequence[Int[np.ndarray, " T"]]) -> Float[np.ndarray, " W"]:
+    def _scores(self, top: Sequence[Int[np.ndarray, " _"]]) -> Float[np.ndarray, " W"]:
         tokens = np.concatenate([np.unique(window) for window in top])
         place = np.searchsorted(self._vocabulary, tokens)
-        place = place[place < len(self._vocabulary)] if not len(self._vocabulary) else place
-        known = place < len(self._vocabulary)
-        known[known] = self._vocabulary[place[known]] == tokens[known]
+        known = np.append(self._vocabulary, -1)[place] == tokens
         shares = np.bincount(place[known], minlength=len(self._vocabulary)) / len(top)
         return np.append(shares * self._rarity, 0.0)[self._tokens].sum(axis=1)
 
@@ -118,7 +116,7 @@ def pick_silent(
     kept: Rows,
     pool: Pool,
     finder: SilentFinder,
-    tokens: Mapping[int, Int[np.ndarray, " T"]],
+    tokens: Mapping[int, Int[np.ndarray, " _"]],
     count: int,
 ) -> Picked:
     """Rows without activations: the silent windows of every latent and split that has top ones.

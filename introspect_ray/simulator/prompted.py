@@ -1,9 +1,9 @@
 """Prompted simulators: any causal language model, asked for a level after every token, all tokens in one pass.
 
-    instructions and examples | description | token <tab> unknown
-                                              token <tab> unknown ...
+    instructions and examples | description | token <tab> ?
+                                              token <tab> ? ...
 
-As in delphi's all-at-once simulator the level of a token is read where `unknown` is to be predicted, so that no
+As in delphi's all-at-once simulator the level of a token is read where the question mark is to be predicted, so that no
 prediction depends on an earlier one. The softmax is over the level tokens alone; nothing is generated or parsed. The
 model sees a window's tokens up to the one in question and none after it, like the latent itself.
 """
@@ -35,7 +35,7 @@ EXAMPLES: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] = (
     ("the word bank where it means the side of a river", (("The", 0), (" bank", 0), (" was", 0), (" closed", 0))),
     ("numbers that count years", ((" It", 0), (" took", 0), (" 12", 8), (" years", 4), (".", 0))),
 )
-UNKNOWN = "unknown"
+UNKNOWN = "?"
 _PLACE = "\ue000"
 """Stands for the description while the prompt is put together; a private character that no prompt has."""
 

@@ -70,6 +70,8 @@ from introspect_ray.training.rewriting_sources import (
 SCORES_NAME = "scores.json"
 REPORT_NAME = "report.html"
 
+OpenSimulator = Callable[[RewriteConfig, RewriteSimulatorConfig, Progress], LoadSimulator]
+
 
 @dataclass(frozen=True)
 class RewriteSummary:
@@ -93,7 +95,7 @@ def rewrite_transformer(
     config: RewriteConfig,
     progress: Progress,
     load_target: Callable[[ModelConfig], Target] = _load_target,
-    open_one: Callable[[RewriteConfig, RewriteSimulatorConfig], LoadSimulator] = open_simulator,
+    open_one: OpenSimulator = open_simulator,
 ) -> RewriteSummary:
     """Measure all conditions of the config, score and report them.
 
@@ -218,7 +220,7 @@ class _Run:
     def simulate(
         self,
         lines: Sequence[Line],
-        open_one: Callable[[RewriteConfig, RewriteSimulatorConfig], LoadSimulator],
+        open_one: OpenSimulator,
     ) -> dict[str, LevelCache]:
         """All levels that the lines need, on disk."""
         caches = {}
@@ -226,7 +228,7 @@ class _Run:
             needed = self.needed(lines, simulator.name)
             if not needed:
                 continue
-            opened = open_one(self.config, simulator)
+            opened = open_one(self.config, simulator, self.progress)
             cache = LevelCache(self.config.cache or f"{self.config.output}/levels", opened.digest)
             caches[simulator.name] = cache
             self._simulate(cache, opened.load, needed, simulator.name)

@@ -7,6 +7,8 @@ The simulator sees nothing of the texts that scales are fitted on or that are ev
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from introspect_ray.config import (
     CollectConfig,
     ModelConfig,
@@ -20,8 +22,10 @@ from introspect_ray.data.collect import collect_exemplars
 from introspect_ray.data.description_files import lexicon_descriptions, write_descriptions
 from introspect_ray.data.storage import Folder
 from introspect_ray.features.exemplar_store import coder_folders
-from introspect_ray.training.rewriting_sources import Progress
 from introspect_ray.training.train_simulator import train_simulator
+
+Progress = Callable[[int, int, str], None]
+"""(steps done, steps in all, what they are)."""
 
 
 def pocket_simulator(config: RewriteConfig, name: str, progress: Progress) -> SimulatorConfig:
@@ -43,7 +47,7 @@ def pocket_simulator(config: RewriteConfig, name: str, progress: Progress) -> Si
             model=config.target,
             optimization=OptimizationConfig(steps=config.training_steps),
             trainer=TrainerConfig(packing=False, cpus_per_worker=2),
-            held_out_share=0.0,
+            held_out_share=config.held_out_share,
             seed=config.seed,
         ),
         lambda done, total, note: progress(done, total, f"simulator {name}: {note}"),

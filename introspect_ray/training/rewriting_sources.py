@@ -28,11 +28,9 @@ from introspect_ray.simulator.base import Simulator
 from introspect_ray.simulator.loading import check_simulator, load_simulator
 from introspect_ray.tasks.base import stable_id
 from introspect_ray.training.answering import AnswerPool
+from introspect_ray.training.rewriting_simulator import Progress, pocket_simulator
 
 QUERIES_AT_ONCE = 128
-
-Progress = Callable[[int, int, str], None]
-"""(steps done, steps in all, what they are)."""
 
 
 @dataclass(frozen=True)
@@ -123,12 +121,12 @@ def _explained(
     return said
 
 
-def open_simulator(config: RewriteConfig, simulator: RewriteSimulatorConfig) -> LoadSimulator:
+def open_simulator(config: RewriteConfig, simulator: RewriteSimulatorConfig, progress: Progress) -> LoadSimulator:
     """The simulator of a config; one of kind `pocket` is trained first, unless it was."""
     if simulator.kind == "exact":
         return LoadSimulator(partial(_load_exact, config.target), stable_id("exact", resolved(config.target)))
-    assert simulator.given is not None
-    given = simulator.given.model_copy(update={"cache_tokens": 0})
+    given = simulator.given if simulator.given is not None else pocket_simulator(config, simulator.name, progress)
+    given = given.model_copy(update={"cache_tokens": 0})
     return LoadSimulator(partial(load_simulator, given), stable_id(resolved(given), _digest(given.model.path)))
 
 
