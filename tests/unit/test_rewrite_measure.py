@@ -39,7 +39,7 @@ class Constant:
     def __init__(self, values: np.ndarray):
         self.said = values
 
-    def values(self, levels, starts):
+    def values(self, levels, starts):  # noqa: ARG002
         return self.said
 
 
