@@ -33,8 +33,11 @@ class TrainSimulatorConfig(Config):
     model: ModelConfig = ModelConfig()
     """What training starts from."""
     firing_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Share of the examples in which the latent fires. They count less in the loss, which is that of the natural base
-    rate whatever this is."""
+    """Share of the examples in which the latent fires. They count less in the loss, which in the end is that of the
+    natural base rate whatever this is."""
+    balanced_share: Fraction = 0.7
+    """Share of the steps over which weights go from equal ones to those of the natural base rate. Where almost every
+    token is silent, what makes a latent fire is learnt late or never; the steps after that learn how rarely it does."""
     held_out_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the descriptions that are not trained on, so that what is learnt of them can be told from what is known
     of others; which ones is a hash of their text."""
