@@ -41,6 +41,10 @@ class TrainSimulatorConfig(Config):
     held_out_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the descriptions that are not trained on, so that what is learnt of them can be told from what is known
     of others; which ones is a hash of their text."""
+    label_score: str | None = None
+    """Name of a score that descriptions have; those with less than `minimum_score`, or without it, are not trained on.
+    None trains on all: what a wrong description teaches is that descriptions say little."""
+    minimum_score: float = 0.5
     max_latents: Annotated[int, Field(ge=1)] | None = None
     """Train on at most so many latents, drawn by a hash; workers hold the windows of all of them in memory."""
     optimization: OptimizationConfig = OptimizationConfig()
