@@ -78,6 +78,11 @@ class ScoreDescriptionsConfig(Config):
     """What is scored beside the descriptions: another latent's, and none."""
     best_by: Literal["correlation", "paper_compat", "f1"] = "correlation"
     """Score that the best candidate of a latent is chosen by."""
+    first_stage: Literal["none", "tokens"] = "none"
+    """`tokens`: windows without a token on which the latent was seen to fire are not simulated and count zero. Faster,
+    and no longer a score of the words alone; its recall and what it skips are reported beside the scores."""
+    first_stage_share: Fraction = 0.1
+    """A latent counts as firing, for the first stage, above this share of its largest training activation."""
     max_latents: Annotated[int, Field(ge=1)] | None = None
     """Score at most so many latents, drawn by a hash."""
     only: Literal["all", "held_out", "trained"] = "all"
