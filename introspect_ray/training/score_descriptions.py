@@ -115,7 +115,8 @@ def write_shard(config: ScoreDescriptionsConfig, store: ExemplarStore, simulator
     latents = {(one.layer, one.latent) for one in shard.descriptions}
     held_out = {key: store.read(key[1], config.held_out) for key in latents}
     train = {key: store.read(key[1], "train") for key in latents}
-    scored = score_all(SimulationScorer(simulator, train), shard.descriptions, held_out)
+    share = config.first_stage_share if config.first_stage == "tokens" else None
+    scored = score_all(SimulationScorer(simulator, train, share), shard.descriptions, held_out)
     rows = [
         {"description": asdict(one.description), "scores": {name: asdict(score) for name, score in one.scores.items()}}
         for one in scored

@@ -196,6 +196,16 @@ def cases(folder):
             ["--explainer", whole, "--output", str(folder / "new")],
             (f"{whole} is not a finished explainer: it has no explainer.json",),
         ),
+        "simulator without exemplars": (
+            "train_simulator",
+            ["--model.path", target, "--exemplars", absent, "--output", str(folder / "new")],
+            (f"{absent} has no exemplars.json", "collect_exemplars.py writes it last"),
+        ),
+        "scores by no simulator": (
+            "score_descriptions",
+            ["--simulator.model.path", whole, "--simulator.kind", "finetuned", "--output", str(folder / "new")],
+            (f"{whole} is not a finished simulator: it has no simulator.json",),
+        ),
         "empty source": (
             *generate("--source.path", str(folder / "empty.jsonl")),
             (f"source {folder / 'empty.jsonl'} is empty, expected at least one row",),
@@ -213,7 +223,7 @@ NAMES = (
     *("truncated shard of an evaluation", "width without projection", "NaN in a vector"),
     *("NaN in a vector to train on", "empty source", "source row without a field"),
     *("evaluation without validation records", "metric of no dataset", "explainers without names"),
-    "export of no explainer",
+    *("export of no explainer", "simulator without exemplars", "scores by no simulator"),
 )
 AS_A_USER = ("unknown task", "truncated shard")
 
