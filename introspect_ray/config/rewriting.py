@@ -8,8 +8,9 @@ from pydantic import Field, model_validator
 
 from introspect_ray.config.base import Config, Fraction
 from introspect_ray.config.resources import ActorConfig, ModelConfig, SourceConfig
-from introspect_ray.config.simulators import SimulatorConfig
+from introspect_ray.config.simulators import SimulatorConfig, TrainSimulatorConfig
 from introspect_ray.config.tasks import SplitConfig
+from introspect_ray.config.training import OptimizationConfig, TrainerConfig
 
 Name = Annotated[str, Field(pattern=r"^\w[\w .:+()-]{0,39}$")]
 Selection = Literal["score", "contribution", "random"]
@@ -42,6 +43,15 @@ class RewriteSimulatorConfig(Config):
     """`pocket`: trained by this job on pocket texts that are not evaluated on, into `simulators/NAME` of the output;
     `exact`: the pocket lexicon itself, which says 10 where a description holds and 0 elsewhere."""
     given: SimulatorConfig | None = None
+    training: TrainSimulatorConfig = TrainSimulatorConfig(
+        held_out_share=0,
+        label_score="label_f1",
+        optimization=OptimizationConfig(steps=700, learning_rate=2e-3),
+        trainer=TrainerConfig(packing=False, cpus_per_worker=2),
+    )
+    """`pocket`: how it is trained; its exemplars, descriptions, starting model and output are this run's own. With
+    `held_out_share` 0 it knows all descriptions, from other texts; `balanced_share` 1 never reaches the natural base
+    rate."""
 
     @model_validator(mode="after")
     def _is_given(self) -> Self:
@@ -74,38 +84,57 @@ class RewriteLineConfig(Config):
     max_fraction: Fraction = 1.0
 
 
-def _needed_most(name: str, **changes: Any) -> RewriteLineConfig:
-    """A line about the latents that the loss needs most, where it shows what simulation loses."""
-    return RewriteLineConfig(name=name, selection="contribution", max_fraction=0.4, **changes)
+def _lines() -> tuple[RewriteLineConfig, ...]:
+    """Lines for the pocket world. Names say which latents come first where it is not the best described ones:
+    `needed:` those that the loss needs most, which shows what simulation loses, `random:` any."""
+    line = RewriteLineConfig
+    score = (
+        line(name="deleted", kind="deleted"),
+        line(name="oracle", kind="oracle", max_fraction=0.2),
+        line(name="oracle levels", kind="oracle_levels", max_fraction=0.4),
+        line(name="lexicon quantile", max_fraction=0.2),
+        line(name="lexicon linear", scale="linear", max_fraction=0.2),
+        line(name="lexicon raw", scale="raw", max_fraction=0.2),
+        line(name="shuffled", descriptions="shuffled", max_fraction=0.2),
+        line(name="no description", source="none", max_fraction=0.2),
+        line(name="exact reader", simulator="exact"),
+        line(name="random: deleted", kind="deleted", selection="random", max_fraction=0.4),
+        line(name="random: exact reader", simulator="exact", selection="random", max_fraction=0.4),
+    )
+    needed = (
+        line(name="needed: deleted", kind="deleted"),
+        line(name="needed: oracle levels", kind="oracle_levels", max_fraction=0.4),
+        line(name="needed: quantile", max_fraction=0.2),
+        line(name="needed: linear", scale="linear", max_fraction=0.2),
+        line(name="needed: detected", scale="detected", max_fraction=0.2),
+        line(name="needed: context", scale="context", max_fraction=0.2),
+        line(name="needed: shuffled", descriptions="shuffled", max_fraction=0.2),
+        line(name="needed: no description", source="none", max_fraction=0.2),
+    )
+    exact: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("exact reader", {"max_fraction": 1.0}),
+        ("exact, shuffled", {"descriptions": "shuffled"}),
+        ("exact, linear", {"scale": "linear"}),
+        ("exact, detected", {"scale": "detected"}),
+        ("exact, context", {"scale": "context"}),
+        ("exact, contrast", {"descriptions": "contrast"}),
+        ("exact, max of several", {"descriptions": "max"}),
+        ("exact, mean of several", {"descriptions": "mean"}),
+        ("exact, no false alarms", {"repaired": "false_alarms"}),
+        ("exact, no misses", {"repaired": "misses"}),
+        ("exact, neither", {"repaired": "both"}),
+    )
+    read = tuple(
+        line(**{"name": f"needed: {name}", "simulator": "exact", "max_fraction": 0.4, **changes})
+        for name, changes in exact
+    )
+    return tuple(
+        one.model_copy(update={"selection": "contribution"}) if one.name.startswith("needed: ") else one
+        for one in (*score, *needed, *read)
+    )
 
 
-POCKET_LINES = (
-    RewriteLineConfig(name="deleted", kind="deleted"),
-    RewriteLineConfig(name="oracle", kind="oracle", max_fraction=0.2),
-    RewriteLineConfig(name="oracle levels", kind="oracle_levels"),
-    RewriteLineConfig(name="lexicon quantile"),
-    RewriteLineConfig(name="lexicon linear", scale="linear"),
-    RewriteLineConfig(name="lexicon raw", scale="raw", max_fraction=0.4),
-    RewriteLineConfig(name="shuffled", descriptions="shuffled", max_fraction=0.4),
-    RewriteLineConfig(name="no description", source="none", max_fraction=0.4),
-    RewriteLineConfig(name="random: deleted", kind="deleted", selection="random", max_fraction=0.4),
-    RewriteLineConfig(name="random: quantile", selection="random", max_fraction=0.4),
-    _needed_most("needed: deleted", kind="deleted"),
-    _needed_most("needed: oracle levels", kind="oracle_levels"),
-    _needed_most("needed: quantile"),
-    _needed_most("needed: linear", scale="linear"),
-    _needed_most("needed: shuffled", descriptions="shuffled"),
-    _needed_most("needed: no description", source="none"),
-    _needed_most("needed: exact reader", simulator="exact"),
-    _needed_most("needed: no false alarms", repaired="false_alarms"),
-    _needed_most("needed: no misses", repaired="misses"),
-    _needed_most("needed: neither", repaired="both"),
-    _needed_most("needed: detected", scale="detected"),
-    _needed_most("needed: context", scale="context"),
-    _needed_most("needed: contrast", descriptions="contrast"),
-    _needed_most("needed: max of several", descriptions="max"),
-    _needed_most("needed: mean of several", descriptions="mean"),
-)
+POCKET_LINES = _lines()
 
 
 class RewriteConfig(Config):
@@ -120,9 +149,9 @@ class RewriteConfig(Config):
     """Plain texts."""
     split: SplitConfig = SplitConfig(train=0.6, validation=0.1, test=0.3)
     """Shares of the texts, as in collect_exemplars.py, so that simulators have seen none that is evaluated on."""
-    evaluation_texts: Annotated[int, Field(ge=2)] = 240
+    evaluation_texts: Annotated[int, Field(ge=2)] = 160
     """Texts of the test split that losses are of."""
-    fit_texts: Annotated[int, Field(ge=1)] = 160
+    fit_texts: Annotated[int, Field(ge=1)] = 120
     """Texts of the validation split that are simulated to fit scales on."""
     statistics_texts: Annotated[int, Field(ge=1)] = 2000
     """Texts of the training split that, with the fit texts, maxima, firing rates, contributions and mean outputs come
@@ -143,13 +172,10 @@ class RewriteConfig(Config):
     score: str | None = None
     """Name of the score that `selection: score` goes by; none takes the first that a description has."""
     explainer: str | None = None
-    """Folder of a trained explainer: adds its descriptions as the source and the line `explainer`."""
+    """Folder of a trained explainer: adds its descriptions as the source `explainer`, and of every simulator the lines
+    `explainer, SIMULATOR` and `needed: explainer, SIMULATOR`."""
     simulator: str | None = None
-    """Folder of a trained simulator, to take instead of training the first one of `simulators`."""
-    training_steps: Annotated[int, Field(ge=1)] = 600
-    """Steps that a simulator of kind `pocket` is trained for."""
-    held_out_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the descriptions that it is not trained on; with 0 it knows all of them, from other texts."""
+    """Folder of a trained simulator, to take in place of the first one of `simulators`."""
     simulators: tuple[RewriteSimulatorConfig, ...] = (
         RewriteSimulatorConfig(),
         RewriteSimulatorConfig(name="exact", kind="exact"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from introspect_ray.config import (
     P2_FRACTIONS,
     DescriptionSourceConfig,
@@ -27,13 +29,28 @@ def effective(config: RewriteConfig) -> RewriteConfig:
         changes["simulators"] = (given, *config.simulators[1:])
     if config.explainer is not None:
         source = DescriptionSourceConfig(name=EXPLAINER, kind="explainer", path=config.explainer)
-        line = RewriteLineConfig(name=EXPLAINER, source=EXPLAINER, simulator=config.simulators[0].name)
         changes["sources"] = (*config.sources, source)
-        changes["lines"] = (*config.lines, line)
+        changes["lines"] = (*config.lines, *_explainer_lines(config))
     if config.paper_compat:
         changes |= _paper(config)
     changes |= {"explainer": None, "simulator": None}
     return RewriteConfig.model_validate(config.model_dump() | {name: _plain(value) for name, value in changes.items()})
+
+
+def _explainer_lines(config: RewriteConfig) -> list[RewriteLineConfig]:
+    """Both orders of latents, by every simulator, as far as the headline goes."""
+    orders: tuple[tuple[str, Literal["score", "contribution"]], ...] = (("", "score"), ("needed: ", "contribution"))
+    return [
+        RewriteLineConfig(
+            name=f"{prefix}{EXPLAINER}, {simulator.name}",
+            source=EXPLAINER,
+            simulator=simulator.name,
+            selection=selection,
+            max_fraction=config.headline_fraction,
+        )
+        for prefix, selection in orders
+        for simulator in config.simulators
+    ]
 
 
 def _paper(config: RewriteConfig) -> dict[str, object]:

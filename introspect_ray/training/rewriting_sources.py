@@ -125,7 +125,7 @@ def open_simulator(config: RewriteConfig, simulator: RewriteSimulatorConfig, pro
     """The simulator of a config; one of kind `pocket` is trained first, unless it was."""
     if simulator.kind == "exact":
         return LoadSimulator(partial(_load_exact, config.target), stable_id("exact", resolved(config.target)))
-    given = simulator.given if simulator.given is not None else pocket_simulator(config, simulator.name, progress)
+    given = simulator.given if simulator.given is not None else pocket_simulator(config, simulator, progress)
     given = given.model_copy(update={"cache_tokens": 0})
     return LoadSimulator(partial(load_simulator, given), stable_id(resolved(given), _digest(given.model.path)))
 
