@@ -12,7 +12,7 @@ from introspect_ray.config.simulators import SimulatorConfig, TrainSimulatorConf
 from introspect_ray.config.tasks import SplitConfig
 from introspect_ray.config.training import OptimizationConfig, TrainerConfig
 
-Name = Annotated[str, Field(pattern=r"^\w[\w .:+()-]{0,39}$")]
+Name = Annotated[str, Field(pattern=r"^\w[\w .,:+()-]{0,39}$")]
 Selection = Literal["score", "contribution", "random"]
 P2_FRACTIONS = (0.001, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 
