@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from introspect_ray.config.base import Config, Fraction
 from introspect_ray.config.resources import ActorConfig, ModelConfig, SourceConfig
 from introspect_ray.config.simulators import SimulatorConfig, TrainSimulatorConfig
-from introspect_ray.config.tasks import SplitConfig
+from introspect_ray.config.tasks import POCKET_FEATURES, SplitConfig
 from introspect_ray.config.training import OptimizationConfig, TrainerConfig
 
 Name = Annotated[str, Field(pattern=r"^\w[\w .,:+()-]{0,39}$")]
@@ -174,6 +174,8 @@ class RewriteConfig(Config):
     explainer: str | None = None
     """Folder of a trained explainer: adds its descriptions as the source `explainer`, and of every simulator the lines
     `explainer, SIMULATOR` and `needed: explainer, SIMULATOR`."""
+    question: str = POCKET_FEATURES.question
+    """What explainers are asked, with `{vector}` in it: the question that they were trained on."""
     simulator: str | None = None
     """Folder of a trained simulator, to take in place of the first one of `simulators`."""
     simulators: tuple[RewriteSimulatorConfig, ...] = (
@@ -215,6 +217,8 @@ class RewriteConfig(Config):
                     f"line {line.name} has source {line.source} and simulator {line.simulator}:"
                     f" expected one of {', '.join(sorted(sources))} and one of {', '.join(sorted(simulators))}"
                 )
+        if self.question.count("{vector}") != 1:
+            raise ValueError(f"question is {self.question!r}: expected {{vector}} in it once")
         if self.headline_fraction not in self.fractions:
             raise ValueError(f"headline_fraction is {self.headline_fraction}: expected one of {self.fractions}")
         if self.headline not in {line.name for line in self.lines}:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+from jaxtyping import Float
+
 from introspect_ray.config import (
     DescriptionSourceConfig,
-    FeatureDescriptionConfig,
     ModelConfig,
     RewriteConfig,
     RewriteSimulatorConfig,
     resolved,
 )
-from introspect_ray.data.description_files import lexicon_descriptions, read_descriptions, write_descriptions
+from introspect_ray.data.description_files import lexicon_descriptions, read_descriptions
 from introspect_ray.data.identity import folder_digest
 from introspect_ray.data.storage import Folder
 from introspect_ray.errors import UserError
@@ -93,32 +96,45 @@ def _explained(
     live: Sequence[int],
     progress: Progress,
 ) -> list[Description]:
-    """What the explainer says about the decoder row of each live latent; kept in `descriptions/` of the output."""
+    """What the explainer says about the decoder row of each live latent, nothing included; kept in `descriptions/`."""
     with local_copy(source.path) as path:
-        key = stable_id(folder_digest(path), config.coder, list(live))
-    folder = Folder(f"{config.output}/descriptions/{source.name}-{key}")
-    try:
-        return read_descriptions(folder.url)
-    except UserError:
-        pass
-    before, after = FeatureDescriptionConfig().question.replace("{layer}", str(layer)).split("{vector}")
-    rows = coder.feature_vectors[list(live)].float().numpy()
+        key = stable_id(folder_digest(path), config.coder, config.question, list(live))
+    folder, name = Folder(config.output), f"descriptions/{source.name}-{key}.json"
+    texts = _kept(folder, name)
+    if texts is None:
+        texts = _answers(config, source, layer, coder.feature_vectors[list(live)].float().numpy(), progress)
+        folder.write(name, json.dumps(texts, ensure_ascii=False, indent=0).encode())
+    return [
+        Description(layer, latent, text.strip(), f"explainer:{source.name}")
+        for latent, text in zip(live, texts, strict=True)
+    ]
+
+
+def _answers(
+    config: RewriteConfig,
+    source: DescriptionSourceConfig,
+    layer: int,
+    rows: Float[np.ndarray, "L D"],
+    progress: Progress,
+) -> list[str]:
+    before, after = config.question.replace("{layer}", str(layer)).split("{vector}")
     done = 0
 
     def answered(count: int) -> None:
         nonlocal done
         done += count
-        progress(done, len(live), f"descriptions by {source.name}")
+        progress(done, len(rows), f"descriptions by {source.name}")
 
     pool = AnswerPool(source.path, config.target_actors, QUERIES_AT_ONCE, answered)
-    texts = pool.answer("trained", [Query((before, Vector(row, (layer,)), after)) for row in rows])
-    said = [
-        Description(layer, latent, text.strip(), f"explainer:{source.name}")
-        for latent, text in zip(live, texts, strict=True)
-        if text.strip()
-    ]
-    write_descriptions(folder, said)
-    return said
+    return pool.answer("trained", [Query((before, Vector(row, (layer,)), after)) for row in rows])
+
+
+def _kept(folder: Folder, name: str) -> list[str] | None:
+    try:
+        texts: list[str] = json.loads(folder.read(name))
+    except (FileNotFoundError, ValueError):
+        return None
+    return texts
 
 
 def open_simulator(config: RewriteConfig, simulator: RewriteSimulatorConfig, progress: Progress) -> LoadSimulator:
