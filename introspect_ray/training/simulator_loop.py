@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -22,7 +23,7 @@ import torch
 from introspect_ray.config import TrainSimulatorConfig
 from introspect_ray.errors import RunFailed, UserError
 from introspect_ray.features.exemplar_store import open_exemplars
-from introspect_ray.simulator.examples import LevelExample, Pair, encode_pair, level_loss, training_pairs
+from introspect_ray.simulator.examples import LevelExample, Pair, copied, encode_pair, level_loss, training_pairs
 from introspect_ray.simulator.finetuned import FinetunedSimulator
 from introspect_ray.training.batches import micro_batches, share, step_indices, step_seed
 from introspect_ray.training.checkpoint import Checkpoints, CheckpointStore, Tell, TrainState
@@ -136,7 +137,9 @@ class SimulatorStepper:
         self._weights = [part for pairs, part in kept if pairs]
 
     def step(self, number: int, optimizer: torch.optim.AdamW) -> tuple[float, int, float]:
-        """Do optimizer step `number`, counted from 0: loss (mean over the examples), tokens, unclipped gradient norm.
+        """Do optimizer step `number`, counted from 0: loss, tokens, unclipped gradient norm.
+
+        The loss is the sum over all examples over `batch_size`: copies, while there are any, come on top.
 
         Raises:
             RunFailed: loss or gradient is not finite, on all workers alike; the latents of the batch are named.
@@ -149,7 +152,7 @@ class SimulatorStepper:
         total = torch.zeros(1, device=self.simulator.device)
         mine = share(range(len(chosen)), lengths, self.workers.rank, self.workers.size)
         for rows in micro_batches([[index] for index in mine], lengths, self.config.trainer.micro_batch_tokens):
-            total += self._backward([chosen[index] for row in rows for index in row], len(chosen))
+            total += self._backward([chosen[index] for row in rows for index in row], settings.batch_size)
         loss = float(self.trainable.sum_gradients(total))
         grad_norm = self.trainable.clip_gradients(settings.max_grad_norm)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -168,7 +171,15 @@ class SimulatorStepper:
         chosen = step_indices(number, config.optimization.batch_size, self._sizes, config.seed, weights=self._weights)
         power = weight_power(number, config.optimization.steps, config.balanced_share)
         examples = [encode_pair(self.simulator, self._pairs[index]) for index in chosen]
-        return [replace(example, weight=example.weight**power) for example in examples]
+        copies = self._copies(number, 1 - power)
+        return [*(replace(example, weight=example.weight**power) for example in examples), *copies]
+
+    def _copies(self, number: int, weight: float) -> list[LevelExample]:
+        """Made-up examples of one step, see `copied`."""
+        count = round(self.config.copy_share * self.config.optimization.batch_size) if weight > 0 else 0
+        draw = random.Random(f"copies {self.config.seed} {number}")
+        pairs = [copied(self._pairs[draw.randrange(len(self._pairs))], draw) for _ in range(count)]
+        return [replace(encode_pair(self.simulator, pair), weight=weight) for pair in pairs]
 
     def _backward(self, batch: Sequence[LevelExample], count: int) -> torch.Tensor:
         """Add one micro-batch to the gradient of the mean over `count` examples; returns its part of that mean."""
