@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -21,6 +21,7 @@ P2_LEVELS = 10
 """P2's levels are 0..9."""
 
 
+@runtime_checkable
 class Scale(Protocol):
     """Maps levels to activations in the coder's units."""
 

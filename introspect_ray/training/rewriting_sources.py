@@ -59,7 +59,7 @@ def check_sources(config: RewriteConfig) -> None:
         elif config.source.path != "pocket":
             raise UserError(
                 f"simulator {simulator.name} of kind {simulator.kind} reads texts of the pocket world only, source is"
-                f" {config.source.path}: give a trained one (--simulator FOLDER)"
+                f" {config.source.path}: set simulators, and lines, without it"
             )
 
 

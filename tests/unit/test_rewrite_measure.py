@@ -14,7 +14,7 @@ from unit.rewrite_helpers import LATENTS, target, texts, transcoder
 from introspect_ray.config import RewriteLineConfig
 from introspect_ray.evaluation.intervals import Bootstrap, ratio_interval
 from introspect_ray.rewrite.code import columns_of, decode, empty
-from introspect_ray.rewrite.lines import Line
+from introspect_ray.rewrite.lines import Levels, Line
 from introspect_ray.rewrite.measure import (
     BASELINES,
     ORIGINAL,
@@ -61,6 +61,12 @@ def plan_of(lines: list[Line], **changes) -> MeasurePlan:
 def line(name: str, kind: str, **changes) -> Line:
     order = np.array([3, 1, 0, 2, 5, 4, 7, 6, 9, 8, 11, 10])
     return Line(RewriteLineConfig(name=name, kind=kind), order, (), np.full(LATENTS, 2.0), **changes)
+
+
+def no_levels(tokens: int) -> Levels:
+    """For lines whose scale needs none."""
+    starts = np.zeros(tokens, dtype=bool)
+    return Levels({}, np.zeros((tokens, 0), dtype=np.float32), starts, np.arange(tokens))
 
 
 def test_conditions_write_what_their_names_say():
@@ -120,9 +126,7 @@ def test_a_window_with_a_failed_simulation_is_not_covered():
     said = np.ones((tokens, LATENTS))
     said[2, 7] = np.nan  # the first text; column 7 is first replaced at fraction 1.0
     simulated = line("simulated", "simulated", scale=Constant(said))
-    levels = type("L", (), {"levels": np.zeros((tokens, 0)), "starts": None, "measured": np.arange(tokens)})()
-    simulated = Line(simulated.config, simulated.latents, ((),) * 0, simulated.maximum, (), simulated.scale)
-    found = measure(site, coder, given, {"finetuned": levels}, plan_of([simulated]))
+    found = measure(site, coder, given, {"finetuned": no_levels(tokens)}, plan_of([simulated]))
     assert found.complete[condition_name("simulated", 0.5)].all()
     assert found.complete[condition_name("simulated", 1.0)].tolist() == [False, True, True, True]
 
@@ -137,8 +141,7 @@ def test_harm_is_what_a_small_error_costs():
     wrong = truth.copy()
     wrong[:, 1] += 1e-2
     one = line("simulated", "simulated", scale=Constant(wrong))
-    levels = type("L", (), {"levels": np.zeros((len(wrong), 0)), "starts": None, "measured": np.arange(len(wrong))})()
-    found = measure(site, coder, given, {"finetuned": levels}, plan_of([one]))
+    found = measure(site, coder, given, {"finetuned": no_levels(len(wrong))}, plan_of([one]))
     cost = found.losses[condition_name("simulated", 0.5)].cross_entropy.sum() - found.losses[TRUE].cross_entropy.sum()
     np.testing.assert_allclose(found.harm[1], cost, rtol=0.1)
     assert np.allclose(np.delete(found.harm, 1), 0)
