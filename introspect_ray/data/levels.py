@@ -41,9 +41,13 @@ class LevelCache:
                 continue
             arrays, note = found
             for number, description in enumerate(note["descriptions"]):
-                levels[description] = arrays["levels"][number]
-            failed |= note["failed"]
-        return levels, {text: reason for text, reason in failed.items() if np.isnan(levels[text]).all()}
+                if description not in note["failed"]:
+                    levels[description] = arrays["levels"][number]
+                elif description not in levels:
+                    failed[description] = note["failed"][description]
+        failed = {description: reason for description, reason in failed.items() if description not in levels}
+        nothing = np.full(sum(map(len, windows)), np.nan, dtype=np.float32)
+        return levels | dict.fromkeys(failed, nothing), failed
 
     def write(
         self,

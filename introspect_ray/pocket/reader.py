@@ -16,9 +16,12 @@ from introspect_ray.models.tokens import encode_with_offsets
 from introspect_ray.pocket.annotation import Word, annotate, knowledge
 from introspect_ray.pocket.lexicon import RULES
 from introspect_ray.pocket.sources import TEXT_SEED, TEXTS, WORLD_SEED
-from introspect_ray.pocket.text import Corpus
+from introspect_ray.pocket.text import Corpus, Document
 from introspect_ray.pocket.world import World
 from introspect_ray.simulator.base import MAX_LEVEL
+
+BEGINNING = 6
+"""Characters by which texts are looked up; shorter windows are not known."""
 
 
 class ExactReader:
@@ -26,17 +29,14 @@ class ExactReader:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         world = World(WORLD_SEED)
-        known = knowledge(world)
         corpus = Corpus(world, TEXT_SEED)
-        self._known: dict[tuple[int, ...], list[frozenset[str]]] = {}
-        self._texts: list[tuple[list[int], list[Word | None]]] = []
+        self._tokenizer = tokenizer
+        self._facts = knowledge(world)
+        self._by_beginning: dict[str, list[Document]] = {}
         for _ in range(TEXTS):
             document = corpus.document()
-            ids, offsets = encode_with_offsets(tokenizer, document.text)
-            self._texts.append((ids[1:], annotate(document, offsets, known)[1:]))
-        self._by_first: dict[int, list[int]] = {}
-        for number, (ids, _) in enumerate(self._texts):
-            self._by_first.setdefault(ids[0], []).append(number)
+            self._by_beginning.setdefault(document.text[:BEGINNING], []).append(document)
+        self._known: dict[tuple[int, ...], list[frozenset[str]]] = {}
 
     def simulate(self, descriptions: Sequence[str], windows: Sequence[Window]) -> list[Float[np.ndarray, " T"]]:
         """See `Simulator.simulate`. Raises KeyError for a window that begins none of the pocket's plain texts."""
@@ -48,16 +48,18 @@ class ExactReader:
     def _said(self, window: Window) -> list[frozenset[str]]:
         """Of every token all descriptions that hold for it."""
         if window.ids not in self._known:
-            words = self._words(window.ids)
+            words = self._words(window)
             self._known[window.ids] = [
                 frozenset(text for rule in RULES.values() for text in rule(word)) if word is not None else frozenset()
                 for word in words
             ]
         return self._known[window.ids]
 
-    def _words(self, window: tuple[int, ...]) -> list[Word | None]:
-        for number in self._by_first.get(window[0], []):
-            ids, words = self._texts[number]
-            if tuple(ids[: len(window)]) == window:
-                return words[: len(window)]
-        raise KeyError(f"no plain text of the pocket world begins with the {len(window)} tokens of this window")
+    def _words(self, window: Window) -> list[Word | None]:
+        text = window.text
+        for document in self._by_beginning.get(text[:BEGINNING], []):
+            if document.text.startswith(text):
+                ids, offsets = encode_with_offsets(self._tokenizer, document.text)
+                if tuple(ids[1 : len(window) + 1]) == window.ids:
+                    return annotate(document, offsets, self._facts)[1 : len(window) + 1]
+        raise KeyError(f"no plain text of the pocket world begins with this window: {text!r}")
