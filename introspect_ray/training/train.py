@@ -24,7 +24,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from introspect_ray.config import TrainConfig, TrainerConfig
 from introspect_ray.data.cluster import ADDRESS_VARIABLE, connect, is_verbose
-from introspect_ray.errors import RunFailed, UserError
+from introspect_ray.errors import RunFailed, StorageError, UserError
 from introspect_ray.evaluation.scores import format_value
 from introspect_ray.training.checkpoint import CheckpointStore
 from introspect_ray.training.loop import train_loop
@@ -56,12 +56,14 @@ class Summary:
         steps, loss = self.results["step"], self.results["loss"]
         line = f"{start}: explainer after {steps} steps on {self.num_examples} examples, loss {loss:.4f} nats per token"
         if "exported_step" in self.results:
+            exported, best = self.results["exported_step"], self.results["best_step"]
             stopped = ", stopped early" if self.results["stopped_early"] else ""
             scores = ", ".join(
                 f"{name} {'n/a' if value is None else format_value(value)}"
-                for name, value in self.results["best"].items()
+                for name, value in self.results["exported_scores"].items()
             )
-            line += f"{stopped}; its weights are of step {self.results['exported_step']}, the best evaluation: {scores}"
+            which = "the best evaluation" if exported == best else f"because those of the best, step {best}, were lost"
+            line += f"{stopped}; its weights are of step {exported}, {which}: {scores}"
         return line
 
 
@@ -78,7 +80,10 @@ def train_explainer(config: TrainConfig, progress: Progress) -> Summary:
     run.record({})
     with connect(), _watched(run, progress), notices() as actor:
         _check_resources(config.trainer)
-        results = _fit_while_it_gets_on(run, actor)
+        try:
+            results = _fit_while_it_gets_on(run, actor)
+        except StorageError as error:  # met by the driver itself
+            raise RunFailed(str(error)) from error
     return Summary(config.output, run.num_examples, results, was_complete=False)
 
 

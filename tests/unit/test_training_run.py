@@ -14,7 +14,7 @@ from training_helpers import train_config, write_dataset
 
 from introspect_ray.config import OptimizationConfig
 from introspect_ray.data.storage import Folder
-from introspect_ray.errors import UserError
+from introspect_ray.errors import StorageError, UserError
 from introspect_ray.training.checkpoint import Checkpoints, CheckpointStore, TrainState
 from introspect_ray.training.metrics import MetricsLog, read_metrics
 from introspect_ray.training.run import TrainingRun, prepare
@@ -253,11 +253,11 @@ def test_storage_that_cannot_be_reached_is_no_reason_to_pass_a_checkpoint_over(t
 
     def unreachable(self, name, *span):
         if name.endswith(".safetensors"):
-            raise UserError(f"{self.url}/{name} cannot be read: timed out")
+            raise StorageError(f"{self.url}/{name} cannot be read: timed out")
         return real(self, name, *span)
 
     with monkeypatch.context() as patched:
         patched.setattr(Folder, "read", unreachable)
-        with pytest.raises(ConnectionError, match="timed out"):
+        with pytest.raises(StorageError, match="timed out"):
             checkpoints.restore()
     assert checkpoints.restore().step == 4
