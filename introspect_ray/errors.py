@@ -12,8 +12,8 @@ class UserError(Exception):
 
 
 class StorageError(UserError):
-    """Storage that refuses or cannot be reached: the user's to mend before a run starts; while it goes on, nobody's mistake
-    and a reason to try again."""
+    """Storage that refuses or cannot be reached: the user's to mend before a run starts; while it goes on, a reason to
+    try again."""
 
 
 class RunFailed(Exception):

@@ -106,9 +106,10 @@ class CheckpointStore:
         return 0
 
     def complete(self, state: TrainState, indices: Sequence[str]) -> None:
-        """Let the checkpoint of `state` count, then remove all but the newest, those that they name as their best (where
-        that one was never written, the best before it), and later ones that a run has gone back behind because they
-        were damaged."""
+        """Let the checkpoint of `state` count, then remove all but the newest, those that they name as their best,
+        and later ones that a run has gone back behind because they were damaged.
+
+        Where a best was never written, the best before it stays in its place."""
         place = self.place(state.step)
         digests = {name: hashlib.sha256(place.read(name)).hexdigest() for name in indices}
         vouched = {"format_version": FORMAT_VERSION, "run_key": self.run_key, "indices": digests, **asdict(state)}

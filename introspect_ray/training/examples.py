@@ -183,15 +183,15 @@ def _locked(folder: Path) -> Iterator[None]:
     """One process of this machine at a time; a process that dies lets go.
 
     Raises:
-        UserError: the folder above is another user's, or others may write into it: its name is known beforehand, and who
-            made it could put examples into it, or links.
+        UserError: the folder above is another user's, or others may write into it. Its name is known beforehand, so
+            whoever made it could put examples into it, or links.
     """
     parent = folder.parent
     parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     found = parent.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise UserError(
-            f"{parent}, where examples are to be stored, is not this user's own folder that nobody else may write into: "
+            f"{parent}, where examples are to be stored, is no folder of this user's own that others cannot write into: "
             "remove it, or set TMPDIR to another folder"
         )
     with folder.with_suffix(".lock").open("w") as file:

@@ -57,8 +57,8 @@ def fit_or_record(run: TrainingRun, workers: Workers, tell: Tell) -> None:
     """`fit`; a failure that a retry would only repeat is recorded by rank 0 and raised nowhere.
 
     Raises:
-        StorageError: this worker cannot reach the storage. Ray ends the group, whose others may wait for this worker, and
-            another one tries.
+        StorageError: this worker cannot reach the storage. Ray ends the group, in which others may wait for this
+            worker, and another one tries.
     """
     try:
         fit(run, workers, tell)
@@ -197,8 +197,10 @@ def _steps(
     checkpoints: Checkpoints,
     log: Loggers | None,
 ) -> dict[str, Any]:
-    """All steps that are left, and a checkpoint of the last one, so that an export that fails costs no step; returns the
-    last line of metrics, rounding differences and timings apart the same for any history of interruptions."""
+    """All steps that are left, and a checkpoint of the last one, so that an export that fails costs no step.
+
+    Returns the last line of metrics, rounding differences and timings apart the same for any history of interruptions.
+    """
     config = stepper.config
     steps = config.optimization.steps
     speed = Speed(stepper.explainer, stepper.workers.size)

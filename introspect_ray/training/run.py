@@ -169,9 +169,9 @@ def _with_steps(config: TrainConfig, num_examples: int) -> TrainConfig:
 def relevant(config: TrainConfig) -> TrainConfig:
     """The config with everything that makes it no other run set to its default.
 
-    Workers, sharding and micro-batches stay out: they change a sum's order of rounding and, with dropout or bfloat16, what
-    `changed_draws` says. A run whose workers may become fewer while it goes on cannot refuse that to one that is resumed.
-    Datasets and fitted projections are known by their contents, not by where they lie.
+    Workers, sharding and micro-batches stay out: they change a sum's order of rounding and, with dropout or bfloat16,
+    what `changed_draws` says. A run may lose workers while it goes on, so one that is resumed with fewer is none other
+    either. Datasets and fitted projections are known by their contents, not by where they lie.
     """
     trainer = TrainerConfig(compute_dtype=config.trainer.compute_dtype)
     reset: dict[str, Any] = {"output": "", "trainer": trainer, "datasets": (), "logging": LoggingConfig()}

@@ -1,4 +1,4 @@
-"""Storage that is away for a moment, at each place where a run that has started touches it; and what a lost best costs."""
+"""Storage that is away for a moment, at each place where a run that has started uses it; and what a lost best costs."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def timeless(metrics):
 
 
 def fails_once(monkeypatch, method, part, number=0):
-    """The call of this method of Folder, counted from 0, on a URL that ends in `part` raises; returns all such calls."""
+    """One call of this method of Folder, counted from 0, on a URL that ends in `part` raises; returns those calls."""
     calls, real = [], getattr(Folder, method)
 
     def once(self, name="", *rest, **options):
@@ -54,9 +54,18 @@ def fails_once(monkeypatch, method, part, number=0):
     return calls
 
 
+def full_disk(*_):
+    raise OSError("disk is full")
+
+
 def counted_steps(monkeypatch):
     steps, real = [], Stepper.step
-    monkeypatch.setattr(Stepper, "step", lambda self, number, *rest: (steps.append(number), real(self, number, *rest))[1])
+
+    def step(self, number, optimizer):
+        steps.append(number)
+        return real(self, number, optimizer)
+
+    monkeypatch.setattr(Stepper, "step", step)
     return steps
 
 
@@ -71,20 +80,18 @@ def undisturbed(folder):
 
 
 @pytest.mark.parametrize(
-    ("method", "part", "number", "repeated"),
+    ("method", "part", "number"),
     [
-        ("size", "explainer.json", 0, 0),
-        ("read", "dataset.json", 0, 0),  # examples
-        ("open", ".parquet", 0, 0),
-        ("read", "dataset.json", 1, 0),  # what evaluations answer
-        ("names", "checkpoints", 0, 0),
-        ("read", "metrics.jsonl", 0, 0),
-        ("write", "training.json", 0, 0),  # results, when all steps are done
+        ("size", "explainer.json", 0),
+        ("read", "dataset.json", 0),  # examples
+        ("open", ".parquet", 0),
+        ("read", "dataset.json", 1),  # what evaluations answer
+        ("names", "checkpoints", 0),
+        ("read", "metrics.jsonl", 0),
+        ("write", "training.json", 0),  # results, when all steps are done
     ],
 )
-def test_storage_that_fails_once_is_nobodys_mistake(
-    folder, undisturbed, monkeypatch, tmp_path, method, part, number, repeated
-):
+def test_storage_that_fails_once_is_nobodys_mistake(folder, undisturbed, monkeypatch, tmp_path, method, part, number):
     monkeypatch.setattr(loop, "scratch_folder", lambda _: tmp_path / "scratch" / "examples")
     name = f"{method}-{part}-{number}".replace("/", "")
     run = begun(folder, name)
@@ -96,7 +103,7 @@ def test_storage_that_fails_once_is_nobodys_mistake(
     told = []
     fit_or_record(run, ALONE, told.append)
     assert len(calls) > number + 1
-    assert len(steps) == STEPS + repeated
+    assert len(steps) == STEPS
     results, weights = undisturbed
     assert timeless(run.results()) == timeless(results)
     found = load_file(folder / name / "model.safetensors")
@@ -116,26 +123,16 @@ def test_what_a_retry_would_repeat_is_recorded(folder, monkeypatch):
         fit_or_record(run, Workers(1, 2), pytest.fail)  # others than rank 0 say nothing
 
 
-def test_a_failed_export_costs_no_step(folder, undisturbed, monkeypatch):
+def test_a_failed_export_costs_no_step(folder, monkeypatch):
     """Also after an early stop, where steps would be left."""
     steps = counted_steps(monkeypatch)
-    monkeypatch.setattr(
-        Evaluator, "scores", lambda self: {"d": {"exact_match": self.value, "parse_rate": 1.0}}, raising=True
-    )
-    real = Evaluator.evaluate
-
-    def evaluate(self, state):
-        self.value = {3: 0.5}.get(state.step, 0.25)
-        return real(self, state)
-
-    monkeypatch.setattr(Evaluator, "evaluate", evaluate)
+    scripted(monkeypatch, {3: 0.5, 6: 0.25, 9: 0.25})
     run = begun(folder, "export", optimization__steps=30, evaluation__patience=2)
-    save = Explainer.save
     with monkeypatch.context() as patched:
-        patched.setattr(Explainer, "save", lambda *_: (_ for _ in ()).throw(OSError("disk is full")))
+        patched.setattr(Explainer, "save", full_disk)
         with pytest.raises(OSError, match="disk is full"):
             fit(run, ALONE)
-    assert Explainer.save is save and len(steps) == 9 and not run.is_complete()
+    assert len(steps) == 9 and not run.is_complete()
     results = fit(run, ALONE)
     assert len(steps) == 9
     line = read_metrics(run.folder)[-1]
