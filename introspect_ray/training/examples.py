@@ -191,7 +191,7 @@ def _locked(folder: Path) -> Iterator[None]:
     found = parent.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise UserError(
-            f"{parent}, where examples are to be stored, is no folder of this user's own that others cannot write into: "
+            f"{parent}, where examples are to be stored, is not this user's own folder, closed to others: "
             "remove it, or set TMPDIR to another folder"
         )
     with folder.with_suffix(".lock").open("w") as file:

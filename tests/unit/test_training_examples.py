@@ -123,7 +123,7 @@ def test_a_folder_that_another_user_could_fill_is_refused(tmp_path, made, monkey
     if kind == "foreign":
         own = module.os.getuid()
         monkeypatch.setattr(module.os, "getuid", lambda: own + 1)
-    with pytest.raises(UserError, match=r"introspect_ray-0, where examples are to be stored, is no folder of this"):
+    with pytest.raises(UserError, match=r"introspect_ray-0, where examples are to be stored, is not this user"):
         load_examples(made, [str(tmp_path / "dataset")], parent / "key")
     assert not list(parent.iterdir())
 
