@@ -28,6 +28,7 @@ def table(plan: Plan) -> str:
         "working": "  or: one layer at work",
         "inputs": "later: gradients of embeddings",
         "message": "later, alone: summing gradients",
+        "evaluation": "between steps: answers of an evaluation",
     }
 
     def rows(names: Mapping[str, str]) -> list[str]:

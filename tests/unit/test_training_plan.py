@@ -4,6 +4,7 @@ real steps, and what is refused."""
 import itertools
 import runpy
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from training_helpers import train_config, write_dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from introspect_ray.cli import run_job
-from introspect_ray.config import HUB_IDS, GpuName, KnownModel, LoraConfig, TrainConfig, get_args, resolved
+from introspect_ray.config import HUB_IDS, GpuName, KnownModel, LoraConfig, TrainConfig, resolved
 from introspect_ray.errors import UserError
 from introspect_ray.models.shapes import known_shape, model_shape
 from introspect_ray.presets import Train8BConfig, Train70BConfig
