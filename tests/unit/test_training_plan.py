@@ -8,6 +8,7 @@ from typing import get_args
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from explainer_helpers import FAMILIES, model, tokenizer
 from torch.profiler import ProfilerActivity, profile
@@ -21,6 +22,7 @@ from introspect_ray.errors import UserError
 from introspect_ray.models.shapes import known_shape, model_shape
 from introspect_ray.presets import Train8BConfig, Train70BConfig
 from introspect_ray.training.census import arithmetic_of, count
+from introspect_ray.training.footprint import LiveBytes
 from introspect_ray.training.hardware import GPUS
 from introspect_ray.training.loop import build
 from introspect_ray.training.needs import GIB, PROCESS_BYTES
@@ -29,6 +31,7 @@ from introspect_ray.training.plan_table import table
 from introspect_ray.training.run import prepare
 from introspect_ray.training.schedule import make_optimizer
 from introspect_ray.training.step import Stepper
+from introspect_ray.training.validation import Evaluator, load_held_out
 from introspect_ray.training.workers import Workers
 
 JOBS = Path(__file__).parents[2] / "jobs"
@@ -51,7 +54,16 @@ def folder(tmp_path_factory):
     LlamaForCausalLM(shape).save_pretrained(path / "base")
     tokenizer().save_pretrained(path / "base")
     write_dataset(path / "dataset", count=10, width=64)
+    write_dataset(path / "held out", count=30, width=64, splits=("train", "validation", "validation"))
     return path
+
+
+@pytest.fixture(autouse=True)
+def own_group():
+    """A sharded run that nobody has put into a process group makes one; later tests are to have none."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def config_of(folder, method, **changes):
@@ -59,34 +71,80 @@ def config_of(folder, method, **changes):
     return train_config(folder, method=method, **options | {"trainer__packing": False} | changes)
 
 
-def first_step(config, is_checkpointed=False):
+def first_step(config):
     """A stepper and its optimizer after one step."""
     explainer, examples = build(prepare(config))
-    if is_checkpointed:
-        explainer.causal.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = make_optimizer(explainer.trainable_parameters().values(), config.optimization)
     stepper = Stepper(explainer, examples, config, Workers(0, 1))
+    optimizer = make_optimizer(stepper.trainable.own.values(), config.optimization)
     stepper.step(0, optimizer)
     return stepper, optimizer
 
 
-@pytest.mark.parametrize(("method", "is_checkpointed"), itertools.product(METHODS, [False, True]))
-def test_the_peak_is_what_the_allocator_gives_out(folder, method, is_checkpointed):
-    memory = plan_run(config_of(folder, method, trainer__activation_checkpointing=is_checkpointed)).memory
-    stepper, optimizer = first_step(config_of(folder, method), is_checkpointed)
-    parameters = list(stepper.explainer.parameters())
-    tensors = [*parameters, *(parameter.grad for parameter in parameters if parameter.grad is not None)]
+def real_bytes(config):
+    """What a worker of this run holds between steps, and what a step takes beside it at its peak."""
+    stepper, optimizer = first_step(config)
+    own = stepper.trainable.own.values()
+    tensors = [getattr(one, "_local_tensor", one) for one in stepper.explainer.parameters()]
+    tensors += [one.grad for one in own]
     tensors += [value for state in optimizer.state.values() for value in state.values()]
-    held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    standing = memory.weights + memory.adapters + memory.gradients + memory.optimizer
-    assert standing == pytest.approx(held, rel=0.001)
-
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         stepper.step(1, optimizer)
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    peak = max(itertools.accumulate(changes))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors), max(itertools.accumulate(changes))
+
+
+@pytest.mark.parametrize(("method", "is_checkpointed"), itertools.product(METHODS, [False, True]))
+def test_the_peak_is_what_the_allocator_gives_out(folder, method, is_checkpointed):
+    config = config_of(folder, method, trainer__activation_checkpointing=is_checkpointed)
+    memory = plan_run(config).memory
+    held, peak = real_bytes(config)
+    standing = memory.weights + memory.adapters + memory.gradients + memory.optimizer
+    assert standing == pytest.approx(held, rel=0.001)
     assert memory.peak - standing == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("method", "sharding", "is_checkpointed", "dtype"),
+    [
+        ("full", "fsdp2", True, "bfloat16"),
+        ("full", "fsdp2", False, "model"),
+        ("lora", "fsdp2", True, "model"),
+        ("qlora", "fsdp2", True, "bfloat16"),
+        ("qlora", "fsdp2", False, "model"),
+        ("qlora", "none", False, "bfloat16"),
+    ],
+)
+def test_sharded_and_quantized_runs_stay_within_their_plan(folder, method, sharding, is_checkpointed, dtype):
+    """One worker that gathers what it has itself; packed bits, scales and gathered layers are counted by the
+    allocator."""
+    config = config_of(
+        folder,
+        method,
+        lora__dropout=0.0,
+        trainer__sharding=sharding,
+        trainer__activation_checkpointing=is_checkpointed,
+        trainer__compute_dtype=dtype,
+    )
+    memory = plan_run(config).memory
+    held, peak = real_bytes(config)
+    standing = memory.weights + memory.adapters + memory.gradients + memory.optimizer
+    assert standing == pytest.approx(held, rel=0.01)
+    assert memory.peak == pytest.approx(held + peak, rel=0.15)
+
+
+def test_evaluations_are_counted(folder):
+    options = {"datasets": [str(folder / "held out")], "trainer__activation_checkpointing": True}
+    config = config_of(folder, "lora", **options, evaluation__every=2, explainer__max_new_tokens=12)
+    memory = plan_run(config).memory
+    explainer, _ = build(prepare(config))
+    evaluator = Evaluator(explainer, load_held_out(explainer, config), config, Workers(0, 1))
+    with LiveBytes([*explainer.parameters(), *explainer.buffers()]) as alive:
+        evaluator.scores()
+    assert alive.peak <= memory.evaluation <= 2 * alive.peak
+    assert plan_run(config_of(folder, "lora", **options)).memory.evaluation == 0
+    many = changed(config, {"trainer.micro_batch_tokens": 40000, "evaluation.max_examples": 4000})
+    assert plan_run(many).memory.peak > plan_run(changed(many, {"evaluation.every": 0})).memory.peak
 
 
 @pytest.mark.parametrize("method", METHODS)
