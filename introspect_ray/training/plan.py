@@ -46,9 +46,9 @@ class Plan:
 
     @property
     def usable_bytes(self) -> float | None:
-        """Of one GPU; None where the workers have none."""
-        plan = self.config.plan
-        return GPUS[plan.gpu].memory_gib * GIB * plan.usable_share if self.has_gpus else None
+        """Of one GPU, or of a worker's share of it; None where the workers have none."""
+        plan, share = self.config.plan, min(1.0, self.config.trainer.gpus_per_worker)
+        return GPUS[plan.gpu].memory_gib * GIB * plan.usable_share * share if self.has_gpus else None
 
     @property
     def fits(self) -> bool:

@@ -48,6 +48,8 @@ def table(plan: Plan) -> str:
         f"steps: {pace.steps:,} of {config.optimization.batch_size} examples, {pace.tokens_per_step:,.0f} tokens and "
         f"{pace.flop_per_step / 1e12:,.3g} TFLOP",
     ]
+    if trainer.compile:
+        lines.append("torch.compile is not counted: what it fuses takes less memory and time, compiling takes some")
     if pace.seconds_per_step is not None:
         total = pace.seconds_per_step * pace.steps
         lines.append(

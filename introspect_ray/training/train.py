@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -27,14 +27,17 @@ from introspect_ray.data.cluster import ADDRESS_VARIABLE, connect, is_verbose
 from introspect_ray.errors import RunFailed, StorageError, UserError
 from introspect_ray.evaluation.scores import format_value
 from introspect_ray.training.checkpoint import CheckpointStore
+from introspect_ray.training.hardware import gpu_named
 from introspect_ray.training.loop import train_loop
 from introspect_ray.training.metrics import Metrics, read_metrics
 from introspect_ray.training.notices import notices
+from introspect_ray.training.plan import check_plan, plan_run
 from introspect_ray.training.run import TrainingRun, prepare, storage_of
 
 Progress = Callable[[int, int, str], None]
 """Called with steps done, steps in all, and how it goes (loss, speed, newest evaluation)."""
 NOTES_FOLDER = "ray_train"
+ACCELERATOR_PREFIX = "accelerator_type:"
 POLL_S = 0.5
 START_TIMEOUT_S = 1800
 
@@ -80,6 +83,7 @@ def train_explainer(config: TrainConfig, progress: Progress) -> Summary:
     run.record({})
     with connect(), _watched(run, progress), notices() as actor:
         _check_resources(config.trainer)
+        check_memory(run.config, ray.cluster_resources())
         try:
             results = _fit_while_it_gets_on(run, actor)
         except StorageError as error:  # met by the driver itself
@@ -170,6 +174,21 @@ def _check_resources(trainer: TrainerConfig) -> None:
                 f"trainer.{field} {least} x trainer.{key} {each:g} needs {wanted:g} {resource}s, "
                 f"but this machine has {found:g}"
             )
+
+
+def check_memory(config: TrainConfig, resources: Mapping[str, float]) -> None:
+    """Refuse a run whose plan does not fit the largest GPU that the cluster has.
+
+    Nothing is said where workers have no GPU, or the cluster has GPUs whose memory is not known.
+
+    Args:
+        resources: what Ray says of the cluster; `accelerator_type:NAME` is among it for every kind of GPU.
+    """
+    types = [name.partition(":")[2] for name in resources if name.startswith(ACCELERATOR_PREFIX)]
+    gpu = gpu_named(types)
+    if config.trainer.gpus_per_worker == 0 or gpu is None:
+        return
+    check_plan(plan_run(config.model_copy(update={"plan": config.plan.model_copy(update={"gpu": gpu})})))
 
 
 def _least_workers(trainer: TrainerConfig) -> int:

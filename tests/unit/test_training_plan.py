@@ -23,7 +23,7 @@ from introspect_ray.models.shapes import known_shape, model_shape
 from introspect_ray.presets import Train8BConfig, Train70BConfig
 from introspect_ray.training.census import arithmetic_of, count
 from introspect_ray.training.footprint import LiveBytes
-from introspect_ray.training.hardware import GPUS
+from introspect_ray.training.hardware import GPUS, gpu_named
 from introspect_ray.training.loop import build
 from introspect_ray.training.needs import GIB, PROCESS_BYTES
 from introspect_ray.training.plan import changed, check_plan, plan_run
@@ -31,6 +31,7 @@ from introspect_ray.training.plan_table import table
 from introspect_ray.training.run import prepare
 from introspect_ray.training.schedule import make_optimizer
 from introspect_ray.training.step import Stepper
+from introspect_ray.training.train import check_memory
 from introspect_ray.training.validation import Evaluator, load_held_out
 from introspect_ray.training.workers import Workers
 
@@ -222,6 +223,38 @@ def test_sharding_is_named_before_a_smaller_model_and_workers_after():
         check_plan(plan_run(config))
     with pytest.raises(UserError, match=r"it would fit with trainer.num_workers [248] "):
         check_plan(plan_70b(trainer__num_workers=1, plan__gpu="A100-40"))
+
+
+@pytest.mark.parametrize(
+    ("types", "gpu"),
+    [
+        ([], None),
+        (["H100"], "H100-80"),
+        (["A100"], "A100-80"),  # of two sizes the one that refuses nothing that could run
+        (["A100-40G"], "A100-40"),
+        (["A10G", "L40S"], "L40S-48"),
+        (["H100", "TPU-V4"], None),
+    ],
+)
+def test_gpus_by_the_names_that_ray_has_for_them(types, gpu):
+    assert gpu_named(types) == gpu
+
+
+def test_a_run_that_its_gpus_do_not_hold_is_refused_without_asking_for_a_plan():
+    config = changed(Train8BConfig().training(), {"trainer.sharding": "none"})
+    with pytest.raises(UserError, match=r"does not fit: a worker needs .* of a A100-80 .* usable; it would fit with"):
+        check_memory(config, {"CPU": 8.0, "GPU": 2.0, "accelerator_type:A100": 1.0})
+    check_memory(config, {"GPU": 2.0, "accelerator_type:B200": 1.0})
+    check_memory(config, {"GPU": 2.0, "accelerator_type:UNKNOWN": 1.0})
+    check_memory(changed(config, {"trainer.gpus_per_worker": 0}), {"accelerator_type:L4": 1.0})
+    with pytest.raises(UserError, match="does not fit"):  # two workers on each GPU
+        check_memory(changed(config, {"trainer.gpus_per_worker": 0.5}), {"accelerator_type:B200": 1.0})
+
+
+def test_what_a_plan_leaves_out_is_said():
+    config = Train8BConfig().training()
+    shown = [table(plan_run(changed(config, {"trainer.compile": is_on}))) for is_on in (False, True)]
+    assert ["torch.compile is not counted" in one for one in shown] == [False, True]
 
 
 def test_a_plan_that_nothing_makes_fit():
