@@ -206,7 +206,12 @@ def has_dropout(config: TrainConfig) -> bool:
     if config.method != "full" and config.lora.dropout:
         return True
     shape = model_shape(config.explainer.model).to_dict()
-    return any(value for name, value in shape.items() if name.endswith(("dropout", "_pdrop")))
+    heads_of_others = ("classifier", "summary")  # which no language model has
+    return any(
+        value
+        for name, value in shape.items()
+        if name.endswith(("dropout", "_pdrop")) and not name.startswith(heads_of_others)
+    )
 
 
 def _absolute(config: TrainConfig) -> TrainConfig:
