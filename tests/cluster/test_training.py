@@ -97,9 +97,8 @@ class Node:
     def __init__(self) -> None:
         address = ray.get_runtime_context().gcs_address
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--address={address}"]
-        self._process = subprocess.Popen(
-            [*command, f"--num-cpus={CPUS}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        command += [f"--num-cpus={CPUS}", f"--object-store-memory={10**8}"]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + START_LIMIT_S
         while ray.cluster_resources().get("CPU", 0) < 2 * CPUS:
             assert time.monotonic() < deadline and self._process.poll() is None, "the node did not join"
