@@ -54,32 +54,14 @@ def canonical_dumps(output: Path, tasks: tuple[str, ...]) -> dict[str, str]:
     return {task: canonical_dump(open_dataset(str(output / "datasets" / task))) for task in tasks}
 
 
-def start_and_kill(output: Path, *more: str) -> subprocess.Popen:
-    """A chain that goes on after it was killed at random moments."""
-    draw = random.Random(0)
-    for _ in range(KILLS):
-        process = start(output, *more)
-        try:
-            process.wait(timeout=draw.uniform(8, 30))
-        except subprocess.TimeoutExpired:
-            os.kill(process.pid, signal.SIGKILL)  # the driver alone: Ray ends its other processes by itself
-            time.sleep(2)
-        process.communicate()
-    return start(output, *more)
-
-
 @pytest.fixture(scope="module")
-def chains(tmp_path_factory):
-    """Folder and output of an undisturbed chain and of a killed one, which run side by side: both mostly wait."""
-    folder = tmp_path_factory.mktemp("chains")
-    undisturbed = start(folder / "undisturbed")
-    killed = start_and_kill(folder / "killed", f"--tasks={json.dumps(KILLED_TASKS)}")
-    outputs = [finish(process) for process in (undisturbed, killed)]
-    return (folder / "undisturbed", outputs[0]), (folder / "killed", outputs[1])
+def undisturbed(tmp_path_factory):
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    return output, finish(start(output))
 
 
-def test_scores_and_report_are_whole(chains):
-    (output, said), _ = chains
+def test_scores_and_report_are_whole(undisturbed):
+    output, said = undisturbed
     scores = json.loads((output / "evaluation" / "scores.json").read_text())
     assert set(scores) == set(TASKS)
     for task, methods in scores.items():
@@ -96,8 +78,18 @@ def test_scores_and_report_are_whole(chains):
     assert (output / "projections" / "feature_description" / "alignment.json").exists()
 
 
-def test_killed_at_random_it_goes_on_to_the_same_records_and_scores(chains):
-    (expected, _), (output, _) = chains
+def test_killed_at_random_it_goes_on_to_the_same_records_and_scores(undisturbed, tmp_path):
+    expected, _ = undisturbed
+    output, draw, some = tmp_path / "run", random.Random(0), f"--tasks={json.dumps(KILLED_TASKS)}"
+    for _ in range(KILLS):
+        process = start(output, some)
+        try:
+            process.wait(timeout=draw.uniform(8, 30))
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)  # the driver alone: Ray ends its other processes by itself
+            time.sleep(2)
+        process.communicate()
+    finish(start(output, some))
     assert canonical_dumps(output, KILLED_TASKS) == canonical_dumps(expected, KILLED_TASKS)
     found, wanted = (json.loads((run / "evaluation" / "scores.json").read_text()) for run in (output, expected))
     assert found == {task: wanted[task] for task in KILLED_TASKS}
