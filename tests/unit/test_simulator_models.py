@@ -58,7 +58,7 @@ def test_shared_prefixes_and_padding_change_nothing(family, monkeypatch):
     model = tiny_model(family)
     monkeypatch.setattr("introspect_ray.simulator.passes.SHARED_FROM", 4)
     levels = class_tokens(range(20, 31))
-    base = (5, 6, 7)
+    base = tuple(range(43, 3, -1))  # longer than the sliding windows
     passes = LevelPasses(model, levels, base)
     assert passes.shares
     rows = [Reading(tuple(range(8 + n, 12 + 2 * n)), tuple(range(4 + n))) for n in range(4)]
