@@ -35,6 +35,7 @@ from introspect_ray.config.rewriting import (
     RewriteConfig,
     RewriteLineConfig,
     RewriteSimulatorConfig,
+    Selection,
 )
 from introspect_ray.config.simulators import ScoreDescriptionsConfig, SimulatorConfig, TrainSimulatorConfig
 from introspect_ray.config.tasks import (
@@ -107,6 +108,7 @@ __all__ = [
     "RewriteLineConfig",
     "RewriteSimulatorConfig",
     "ScoreDescriptionsConfig",
+    "Selection",
     "SimulatorConfig",
     "SourceConfig",
     "SplitConfig",

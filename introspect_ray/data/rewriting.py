@@ -36,6 +36,7 @@ from introspect_ray.models.structure import text_config
 from introspect_ray.rewrite.code import joined
 from introspect_ray.rewrite.lines import Levels
 from introspect_ray.rewrite.measure import FalseAlarm, Measured, MeasurePlan, measure, read_truth, text_batches
+from introspect_ray.rewrite.scores import Losses
 from introspect_ray.rewrite.site import Site, TextLosses
 from introspect_ray.rewrite.statistics import LatentStatistics, pooled
 from introspect_ray.simulator.base import Simulator
@@ -237,6 +238,15 @@ class Collected:
     agreement: dict[str, Float[np.ndarray, "S 9"]] = field(default_factory=dict)
     harm: Float[np.ndarray, " S"] | None = None
     false_alarms: list[FalseAlarm] = field(default_factory=list)
+
+    def together(self) -> Losses:
+        """Losses of the texts of all shards."""
+        return Losses(
+            tokens=np.concatenate(self.tokens).astype(np.float64),
+            cross_entropy={name: np.concatenate([one.cross_entropy for one in x]) for name, x in self.losses.items()},
+            divergence={name: np.concatenate([one.divergence for one in x]) for name, x in self.losses.items()},
+            complete={name: np.concatenate(parts) for name, parts in self.complete.items()},
+        )
 
 
 def read_measured(job: TargetJob, name: str) -> tuple[dict[str, np.ndarray], Any] | None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from introspect_ray.config import RewriteLineConfig
+from introspect_ray.config import RewriteConfig, RewriteLineConfig, Selection
+from introspect_ray.errors import RunFailed
 from introspect_ray.features.descriptions import Description
 from introspect_ray.rewrite.scales import (
     HALF_LEVEL,
@@ -142,6 +144,35 @@ def plan_line(
         if config.descriptions == "shuffled":
             told = shuffled(told, seed)
     return Line(config, latents, told, statistics.maximum[latents])
+
+
+def plan_lines(
+    config: RewriteConfig,
+    live: Int[np.ndarray, " L"],
+    descriptions: Mapping[str, Sequence[Description]],
+    statistics: LatentStatistics,
+) -> list[Line]:
+    """All lines of a config before anything is simulated; `descriptions` by name of their source.
+
+    Latents that lack a description in any source are in no line, so that sources are compared on the same latents.
+    Raises RunFailed if too few are left for the headline.
+    """
+    of_source = {name: best_texts(said, config.score) for name, said in descriptions.items()}
+    described = set.intersection(*(set(texts) for texts, _ in of_source.values()))
+    candidates = np.array([latent for latent in live.tolist() if latent in described], dtype=np.int64)
+    if len(candidates) < count_of(config.headline_fraction, len(live)):
+        raise RunFailed(
+            f"{len(candidates)} of {len(live)} live latents have descriptions in every source, fewer than"
+            f" headline_fraction {config.headline_fraction:g} asks for"
+        )
+    _, scores = of_source[config.sources[0].name]
+    rankings = {one: ranking(one, candidates, scores, statistics, config.seed) for one in get_args(Selection)}
+    return [
+        plan_line(line, len(live), rankings, of_source[line.source][0], statistics, config.seed)
+        if line.kind == "simulated"
+        else plan_line(line, len(live), rankings, {}, statistics, config.seed)
+        for line in config.lines
+    ]
 
 
 def count_of(fraction: float, num_live: int) -> int:

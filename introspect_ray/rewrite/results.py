@@ -226,6 +226,23 @@ def shown_conditions(results: Results, fraction: float) -> list[Condition]:
     return shown
 
 
+def verdict(found: Results) -> str:
+    """One sentence about the headline."""
+    scores = found.headline.scores
+    recovered = scores.recovered
+    if not math.isfinite(recovered.value):
+        return f"{found.headline.name}: the true latents are no better than none, so nothing can be recovered"
+    reached = "better than" if recovered.low > 0 else "not shown to be better than"
+    text = (
+        f"{found.headline.name} ({found.headline.num_latents} latents): {reached} deleting all latents, share of the"
+        f" gap recovered {recovered.value:.2f} [{recovered.low:.2f}, {recovered.high:.2f}]"
+    )
+    if (deleted := scores.below_deleted) is not None:
+        same = "better than" if deleted.low > 0 else "not shown to be better than"
+        text += f"; {same} deleting the same latents ({deleted.value:+.4f} [{deleted.low:+.4f}, {deleted.high:+.4f}])"
+    return text
+
+
 def cell(interval: Interval | None, digits: int = 4) -> str:
     """`value [low, high]`, n/a where it is undefined, nothing where there is none."""
     if interval is None:

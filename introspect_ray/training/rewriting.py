@@ -50,11 +50,10 @@ from introspect_ray.interventions.target import Target
 from introspect_ray.models.loading import load_tokenizer
 from introspect_ray.models.tokens import encode_text
 from introspect_ray.rewrite.code import columns_of, joined
-from introspect_ray.rewrite.lines import Line, Texts, best_texts, fit_line, plan_line, ranking
+from introspect_ray.rewrite.lines import Line, fit_line, plan_lines
 from introspect_ray.rewrite.measure import MeasurePlan
 from introspect_ray.rewrite.page import rewriting_page
-from introspect_ray.rewrite.results import Results, results, scores_json, simulation_costs, table
-from introspect_ray.rewrite.scores import Losses
+from introspect_ray.rewrite.results import Results, results, scores_json, simulation_costs, table, verdict
 from introspect_ray.rewrite.settings import effective
 from introspect_ray.rewrite.statistics import LatentStatistics, pooled
 from introspect_ray.simulator.base import Simulator
@@ -187,43 +186,15 @@ class _Run:
 
     def plan(self, statistics: LatentStatistics) -> tuple[list[Line], np.ndarray]:
         """Lines without scales, and the live latents."""
-        config = self.config
-        live = np.flatnonzero(statistics.firings >= config.minimum_firings)
-        texts: dict[str, Texts] = {}
-        scores: Mapping[int, float] = {}
-        descriptions = all_descriptions(config, self.card.layer, self.coder, live.tolist(), self.progress)
-        for number, source in enumerate(config.sources):
-            texts[source.name], of_source = best_texts(descriptions[source.name], config.score)
-            scores = of_source if number == 0 else scores
-        described = set.intersection(*(set(of_source) for of_source in texts.values()))
-        candidates = np.array([latent for latent in live.tolist() if latent in described], dtype=np.int64)
-        if not len(candidates):
-            raise RunFailed(f"none of {len(live)} live latents has a description in every source")
-        rankings = {
-            selection: ranking(selection, candidates, scores, statistics, config.seed)
-            for selection in ("score", "contribution", "random")
-        }
-        lines = [
-            plan_line(line, len(live), rankings, texts.get(line.source, {}), statistics, config.seed)
-            for line in config.lines
-        ]
-        reach = len(candidates) / len(live)
-        if reach < config.headline_fraction:
-            raise RunFailed(
-                f"{len(candidates)} of {len(live)} live latents have descriptions in every source, fewer than"
-                f" headline_fraction {config.headline_fraction:g} asks for"
-            )
-        return lines, live
+        live = np.flatnonzero(statistics.firings >= self.config.minimum_firings)
+        said = all_descriptions(self.config, self.card.layer, self.coder, live.tolist(), self.progress)
+        return plan_lines(self.config, live, said, statistics), live
 
     # --- simulation ---
 
-    def simulate(
-        self,
-        lines: Sequence[Line],
-        open_one: OpenSimulator,
-    ) -> dict[str, LevelCache]:
+    def simulate(self, lines: Sequence[Line], open_one: OpenSimulator) -> dict[str, LevelCache]:
         """All levels that the lines need, on disk."""
-        caches = {}
+        caches: dict[str, LevelCache] = {}
         for simulator in self.config.simulators:
             needed = self.needed(lines, simulator.name)
             if not needed:
@@ -254,14 +225,24 @@ class _Run:
         step = partial(make_levels, cache, {shard.name: shard for shard in self.simulated}, load)
         total = max(blocks, len(orders))
         self._step(step, orders, total, self.config.simulator_actors, f"blocks by simulator {name}")
-        failures = [cache.read(shard.windows)[1] for shard in self.simulated]
-        count, pairs = sum(map(len, failures)), len(needed) * len(self.simulated)
-        if count > self.config.max_failed_share * pairs:
-            text, reason = next((text, reason) for failed in failures for text, reason in failed.items())
+        failures = self._failures(cache, needed)
+        pairs = len(needed) * len(self.simulated)
+        if len(failures) > self.config.max_failed_share * pairs:
+            (text, _), reason = next(iter(failures.items()))
             raise RunFailed(
-                f"simulator {name} failed on {count} of {pairs} pairs of a description and a text shard, more than"
-                f" max_failed_share {self.config.max_failed_share:g}; first {text!r}: {reason}"
+                f"simulator {name} failed on {len(failures)} of {pairs} pairs of a description and a text shard, more"
+                f" than max_failed_share {self.config.max_failed_share:g}; first {text!r}: {reason}"
             )
+
+    def _failures(self, cache: LevelCache, needed: Sequence[str]) -> dict[tuple[str, str], str]:
+        """(Description, shard) that could not be simulated, and why."""
+        wanted = set(needed)
+        return {
+            (text, shard.name): reason
+            for shard in self.simulated
+            for text, reason in cache.read(shard.windows)[1].items()
+            if text in wanted
+        }
 
     # --- measurement ---
 
@@ -305,8 +286,12 @@ class _Run:
         shards = self.shards["evaluation"]
         needed = {name: self.needed(plan.lines, name) for name in caches}
         told = [[line.latents.tolist(), line.texts, line.config.model_dump()] for line in plan.lines]
-        digests = {name: cache.simulator for name, cache in caches.items()}
-        key = stable_id(self.key, told, digests, list(plan.fractions), plan.top_k, plan.paper_compat, plan.seed)
+        levels = {
+            name: [cache.simulator, sorted(self._failures(cache, needed[name]))] for name, cache in caches.items()
+        }
+        same = ("fractions", "top_k", "headline", "headline_fraction", "paper_compat", "seed")
+        settings = {name: getattr(plan, name) for name in same}
+        key = stable_id(self.key, told, levels, settings, plan.live.tolist())
         job = self.job(key, shards)
         orders = [{"shard": shard.name} for shard in shards if read_measured(job, shard.name) is None]
         load = partial(make_measure, job, plan, caches, needed, self.load_target)
@@ -318,12 +303,7 @@ class _Run:
     def report(self, plan: MeasurePlan, collected: Collected) -> RewriteSummary:
         """Write scores and page."""
         config = self.config
-        losses = Losses(
-            tokens=np.concatenate(collected.tokens).astype(np.float64),
-            cross_entropy={name: np.concatenate([p.cross_entropy for p in x]) for name, x in collected.losses.items()},
-            divergence={name: np.concatenate([part.divergence for part in x]) for name, x in collected.losses.items()},
-            complete={name: np.concatenate(parts) for name, parts in collected.complete.items()},
-        )
+        losses = collected.together()
         texts = [text for shard in self.shards["evaluation"] for text in shard.texts]
         told = {text for line in plan.lines for texts_of in line.texts for text in texts_of}
         costs = simulation_costs(
@@ -347,20 +327,3 @@ class _Run:
         page = rewriting_page(config, found, facts, verdict(found), pieces)
         self.folder.write(REPORT_NAME, page.encode())
         return RewriteSummary(table(found, config.headline_fraction), verdict(found), found, config.output)
-
-
-def verdict(found: Results) -> str:
-    """One sentence about the headline."""
-    scores = found.headline.scores
-    recovered = scores.recovered
-    if not math.isfinite(recovered.value):
-        return f"{found.headline.name}: the true latents are no better than none, so nothing can be recovered"
-    reached = "better than" if recovered.low > 0 else "not shown to be better than"
-    text = (
-        f"{found.headline.name} ({found.headline.num_latents} latents): {reached} deleting all latents, share of the"
-        f" gap recovered {recovered.value:.2f} [{recovered.low:.2f}, {recovered.high:.2f}]"
-    )
-    if (deleted := scores.below_deleted) is not None:
-        same = "better than" if deleted.low > 0 else "not shown to be better than"
-        text += f"; {same} deleting the same latents ({deleted.value:+.4f} [{deleted.low:+.4f}, {deleted.high:+.4f}])"
-    return text
