@@ -10,7 +10,7 @@ from introspect_ray.config import RewriteConfig, RewriteLineConfig
 from introspect_ray.evaluation.charts import LinesPlot, lines_plot
 from introspect_ray.evaluation.page import render_page
 from introspect_ray.rewrite.measure import TRUE, ZERO
-from introspect_ray.rewrite.results import Condition, Harm, Results, cell, shown_conditions
+from introspect_ray.rewrite.results import Condition, Harm, Results, shown_conditions
 from introspect_ray.rewrite.scores import AgreementScores
 
 HARMS_SHOWN = 20
@@ -58,7 +58,6 @@ def rewriting_page(
         verdict=verdict,
         plots=[plot for plot in (_plot(results, "increase"), _plot(results, "divergence")) if plot is not None],
         rows=rows,
-        cell=cell,
         fraction=config.headline_fraction,
         confidence=config.confidence,
         headline=results.headline,
