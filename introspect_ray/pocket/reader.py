@@ -6,6 +6,7 @@ Level 10 at every token that the description holds for, 0 elsewhere, by the rule
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 from jaxtyping import Float
@@ -21,7 +22,7 @@ from introspect_ray.pocket.world import World
 from introspect_ray.simulator.base import MAX_LEVEL
 
 BEGINNING = 6
-"""Characters by which texts are looked up; shorter windows are not known."""
+"""Characters by which texts are looked up."""
 
 
 class ExactReader:
@@ -57,7 +58,8 @@ class ExactReader:
 
     def _words(self, window: Window) -> list[Word | None]:
         text = window.text
-        for document in self._by_beginning.get(text[:BEGINNING], []):
+        found = self._by_beginning.get(text[:BEGINNING], [])
+        for document in found if len(text) >= BEGINNING else chain.from_iterable(self._by_beginning.values()):
             if document.text.startswith(text):
                 ids, offsets = encode_with_offsets(self._tokenizer, document.text)
                 if tuple(ids[1 : len(window) + 1]) == window.ids:

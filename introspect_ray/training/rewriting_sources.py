@@ -53,9 +53,14 @@ def check_sources(config: RewriteConfig) -> None:
             read_descriptions(source.path)
         elif source.kind == "explainer":
             read_card(source.path)
-    for simulator in config.simulators:
+    used = {line.simulator for line in config.lines if line.kind == "simulated"}
+    for simulator in (one for one in config.simulators if one.name in used):
         if simulator.given is not None:
             check_simulator(simulator.given)
+        elif simulator.kind == "exact" and config.where != "all":
+            raise UserError(
+                f"simulator {simulator.name} of kind exact needs whole texts: expected where: all, found {config.where}"
+            )
         elif config.source.path != "pocket":
             raise UserError(
                 f"simulator {simulator.name} of kind {simulator.kind} reads texts of the pocket world only, source is"

@@ -140,6 +140,7 @@ def test_bad_input_ends_in_one_line_before_anything_starts(tmp_path):
         "no explainer": ("rewrite_transformer", ["--explainer", "/no/such/explainer"], {}),
         "other coder": ("rewrite_transformer", ["--coder", "/no/such/coder"], {}),
         "own texts": ("rewrite_transformer", ["--source.path", str(text)], {}),
+        "cut texts": ("rewrite_transformer", ["--where", "last"], {}),
         "unknown line": ("rewrite_transformer", ["--headline", "nothing"], {}),
     }
     expected = {
@@ -149,6 +150,7 @@ def test_bad_input_ends_in_one_line_before_anything_starts(tmp_path):
         "no explainer": ["/no/such/explainer"],
         "other coder": ["/no/such/coder"],
         "own texts": ["pocket world only", "set simulators"],
+        "cut texts": ["whole texts", "expected where: all"],
         "unknown line": ["headline is 'nothing'"],
     }
     output = ["--output", str(tmp_path / "out")]
