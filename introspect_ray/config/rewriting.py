@@ -46,7 +46,7 @@ class RewriteSimulatorConfig(Config):
     training: TrainSimulatorConfig = TrainSimulatorConfig(
         held_out_share=0,
         label_score="label_f1",
-        optimization=OptimizationConfig(steps=700, learning_rate=2e-3),
+        optimization=OptimizationConfig(steps=400, learning_rate=2e-3),
         trainer=TrainerConfig(packing=False, cpus_per_worker=2),
     )
     """`pocket`: how it is trained; its exemplars, descriptions, starting model and output are this run's own. With

@@ -27,7 +27,7 @@ from introspect_ray.rewrite.texts import RewriteText
 
 @dataclass(frozen=True, eq=False)
 class Written:
-    """What the site reads and writes at N positions, in float32, and the loss there when nothing is changed."""
+    """What the site reads and writes at N positions, in float32."""
 
     x: Float[Tensor, "N D_in"]
     y: Float[Tensor, "N D"]
@@ -79,9 +79,14 @@ class Site:
         """What the unchanged target reads and writes here. An SAE reads what it writes."""
         found: list[tuple[Tensor, Tensor]] = []
 
+        def at(values: Tensor) -> Float[Tensor, "N width"]:
+            # The site of a model that is spread over several devices may be on another one than its input.
+            rows, columns = batch.rows.to(values.device), batch.columns.to(values.device)
+            return values[rows, columns].float().to(self.device)
+
         def record(inputs: tuple[Any, ...], output: Tensor) -> None:
-            y = output[batch.rows, batch.columns].float()
-            found.append((inputs[0][batch.rows, batch.columns].float() if self.kind == "transcoder" else y, y))
+            y = at(output)
+            found.append((at(inputs[0]) if self.kind == "transcoder" else y, y))
 
         with self._hooked(record):
             self.model.base_model(input_ids=batch.ids, use_cache=False)
@@ -113,10 +118,12 @@ class Site:
         def write(_inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
             if written is None:
                 return None
-            return output.index_put((batch.rows, batch.columns), written.to(output.dtype))
+            rows, columns = batch.rows.to(output.device), batch.columns.to(output.device)
+            return output.index_put((rows, columns), written.to(output))
 
         with self._hooked(write):
-            return selected_logits(self.model, batch.rows, batch.columns, input_ids=batch.ids, use_cache=False).float()
+            logits = selected_logits(self.model, batch.rows, batch.columns, input_ids=batch.ids, use_cache=False)
+        return logits.float().to(self.device)
 
     @contextmanager
     def _hooked(self, look: Callable[[tuple[Any, ...], Tensor], Tensor | None]) -> Iterator[None]:
