@@ -47,7 +47,7 @@ class RewriteSimulatorConfig(Config):
         held_out_share=0,
         label_score="label_f1",
         optimization=OptimizationConfig(steps=400, learning_rate=2e-3),
-        trainer=TrainerConfig(packing=False, cpus_per_worker=2),
+        trainer=TrainerConfig(packing=False, cpus_per_worker=2, checkpoint_every=100),
     )
     """`pocket`: how it is trained; its exemplars, descriptions, starting model and output are this run's own. With
     `held_out_share` 0 it knows all descriptions, from other texts; `balanced_share` 1 never reaches the natural base

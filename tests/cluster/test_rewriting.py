@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from job_driver import check_line, run_jobs
 
-from introspect_ray.config import RewriteConfig, RewriteLineConfig, RewriteSimulatorConfig
+from introspect_ray.config import ActorConfig, RewriteConfig, RewriteLineConfig, RewriteSimulatorConfig
 from introspect_ray.data.cluster import connect
 from introspect_ray.errors import RunFailed, UserError
 from introspect_ray.pocket.reader import ExactReader
@@ -43,6 +43,7 @@ def config(output: Path, **changes) -> RewriteConfig:
         ),
         "headline": "matched",
         "bootstrap_samples": 200,
+        "target_actors": ActorConfig(),
     }
     return RewriteConfig(**(values | changes))
 
