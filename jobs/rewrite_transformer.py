@@ -5,17 +5,26 @@ world and trains its own simulator first; `--simulator FOLDER` takes one, `--exp
 a trained explainer to the table. Stop it at any moment; the same command goes on.
 """
 
+from contextlib import ExitStack
+
 from introspect_ray.cli import progress_bar, run_job
 from introspect_ray.config import RewriteConfig
 
 
 def rewrite(config: RewriteConfig) -> str:
-    """Rewrite with a progress bar; the table of conditions and one line about what was written."""
+    """Rewrite with a progress bar per stage; the table of conditions and one line about what was written."""
     from introspect_ray.training.rewriting import (
         rewrite_transformer,  # Ray and torch load only after the config is checked
     )
 
-    with progress_bar("rewrite", "step") as show:
+    with ExitStack() as stack:
+        bars = {}
+
+        def show(stage: str, done: int, total: int, note: str) -> None:
+            if stage not in bars:
+                bars[stage] = stack.enter_context(progress_bar(stage, "step"))
+            bars[stage](done, total, note)
+
         return rewrite_transformer(config, show).text
 
 

@@ -177,10 +177,10 @@ class _Run:
         self, load: Callable[[], Work], orders: Sequence[Any], total: int, actors: ActorConfig, what: str
     ) -> None:
         done = total - len(orders)
-        self.progress(done, total, what)
+        self.progress(what, done, total, "")
         for _ in run_step(load, orders, actors, self.folder):
             done += 1
-            self.progress(done, total, what)
+            self.progress(what, done, total, "")
 
     # --- lines ---
 

@@ -22,8 +22,8 @@ from introspect_ray.data.storage import Folder
 from introspect_ray.features.exemplar_store import coder_folders
 from introspect_ray.training.train_simulator import train_simulator
 
-Progress = Callable[[int, int, str], None]
-"""(steps done, steps in all, what they are)."""
+Progress = Callable[[str, int, int, str], None]
+"""(stage, steps done, steps in all, how it goes)."""
 
 
 def pocket_simulator(config: RewriteConfig, simulator: RewriteSimulatorConfig, progress: Progress) -> SimulatorConfig:
@@ -32,7 +32,7 @@ def pocket_simulator(config: RewriteConfig, simulator: RewriteSimulatorConfig, p
     collection = CollectConfig(
         output=exemplars, target=config.target, coders=(config.coder,), source=config.source, split=config.split
     )
-    collect_exemplars(collection, lambda stage, done, total, _note: progress(done, total, f"exemplars: {stage}"))
+    collect_exemplars(collection, lambda stage, *how: progress(f"exemplars: {stage}", *how))
     write_descriptions(Folder(descriptions), lexicon_descriptions(config.coder))
     output = f"{config.output}/simulators/{simulator.name}"
     own = {
@@ -44,6 +44,6 @@ def pocket_simulator(config: RewriteConfig, simulator: RewriteSimulatorConfig, p
     }
     train_simulator(
         simulator.training.model_copy(update=own),
-        lambda done, total, note: progress(done, total, f"simulator {simulator.name}: {note}"),
+        lambda *how: progress(f"train simulator {simulator.name}", *how),
     )
     return SimulatorConfig(model=ModelConfig(path=output))

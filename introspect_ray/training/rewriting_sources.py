@@ -128,7 +128,7 @@ def _answers(
     def answered(count: int) -> None:
         nonlocal done
         done += count
-        progress(done, len(rows), f"descriptions by {source.name}")
+        progress(f"descriptions by {source.name}", done, len(rows), "")
 
     pool = AnswerPool(source.path, config.target_actors, QUERIES_AT_ONCE, answered)
     return pool.answer("trained", [Query((before, Vector(row, (layer,)), after)) for row in rows])

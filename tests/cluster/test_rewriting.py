@@ -69,10 +69,10 @@ def broken_opener(broken: str):
 
 
 def test_a_run_its_second_run_and_a_run_with_failures(tmp_path):
-    steps: list[tuple[int, int, str]] = []
+    steps: list[tuple[str, int, int, str]] = []
     with connect():
         first = rewrite_transformer(config(tmp_path / "run"), lambda *step: steps.append(step))
-        told = [what for done, total, what in steps if done == total]
+        told = [what for what, done, total, _ in steps if done == total]
         assert told == ["shards of true latents", "blocks by simulator exact", "shards of losses"]
         scores = json.loads((tmp_path / "run" / "scores.json").read_text())
         _check_scores(scores)
@@ -83,7 +83,7 @@ def test_a_run_its_second_run_and_a_run_with_failures(tmp_path):
         (tmp_path / "run" / "measured" / "evaluation-00001.parquet").write_bytes(b"torn")
         steps.clear()
         rewrite_transformer(config(tmp_path / "run"), lambda *step: steps.append(step))
-        begun = {what: (done, total) for done, total, what in reversed(steps)}
+        begun = {what: (done, total) for what, done, total, _ in reversed(steps)}
         assert begun["shards of losses"] == (1, 2)
         assert begun["shards of true latents"][0] == begun["shards of true latents"][1]
         assert begun["blocks by simulator exact"][0] == begun["blocks by simulator exact"][1]
