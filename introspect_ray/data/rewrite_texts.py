@@ -52,6 +52,7 @@ def text_shards(config: RewriteConfig, tokenizer: PreTrainedTokenizerBase) -> di
                 f"source {config.source.path} has {len(texts)} texts of three tokens and more in the split {split}:"
                 f" expected {count} ({use}_texts)"
             )
+        texts.sort(key=lambda text: len(text.ids))  # those of a shard are padded to the longest one
         size = config.texts_per_shard * (STATISTICS_SHARDS if use == "statistics" else 1)
         shards[use] = _shards(use, texts, size, tokenizer)
     shards["statistics"] = [replace(shard, windows=()) for shard in shards["statistics"]]
