@@ -48,9 +48,15 @@ class MeasurePlan:
     seed: int
 
     def counts(self, line: Line) -> Iterator[tuple[float, int]]:
-        """Fractions that the line reaches, and the number of its latents that they are."""
+        """Fractions that the line reaches, and the number of its latents that they are.
+
+        The fraction 1 stands for all of its latents, also where some live ones lack a description.
+        """
         for fraction in self.fractions:
-            if (count := count_of(fraction, len(self.live))) <= len(line.latents):
+            count = count_of(fraction, len(self.live))
+            if fraction == line.config.max_fraction == 1:
+                yield fraction, len(line.latents)
+            elif count <= len(line.latents):
                 yield fraction, count
 
 

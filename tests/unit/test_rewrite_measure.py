@@ -106,6 +106,15 @@ def test_conditions_write_what_their_names_say():
     assert len({round(value, 3) for value in losses}) == 4, "conditions differ"
 
 
+def test_a_line_ends_where_its_latents_do_but_all_means_all():
+    whole, part = line("whole", "oracle"), line("part", "oracle")
+    ten = Line(whole.config, whole.latents[:10], (), whole.maximum[:10])
+    six = Line(part.config.model_copy(update={"max_fraction": 0.5}), part.latents[:6], (), part.maximum[:6])
+    plan = plan_of([ten, six])
+    assert list(plan.counts(ten)) == [(0.25, 3), (0.5, 6), (1.0, 10)]
+    assert list(plan.counts(six)) == [(0.25, 3), (0.5, 6)]
+
+
 def test_fraction_zero_is_true_latents_exactly():
     """No count of a fraction is zero, so this is about the edit itself: what is not chosen is not touched."""
     model, coder, given = target(), transcoder(), texts()
