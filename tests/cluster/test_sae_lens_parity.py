@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from introspect_ray.errors import UserError
-from introspect_ray.features.batch_topk import BatchTopKConfig, train_sae
+from introspect_ray.features.batch_topk import BatchTopKConfig
 from introspect_ray.features.card import SAE_ARCHITECTURES, TRANSCODER_ARCHITECTURES
 from introspect_ray.features.coder import SparseCoder, fraction_unexplained
 from introspect_ray.features.sae import check_sae, load_sae, save_transcoder
+from introspect_ray.features.sae_training import train_sae
 
 WIDTH, LATENTS = 16, 40
 PLACE = {"model_name": "tiny", "hook_name": "blocks.1.hook_resid_post"}
