@@ -131,11 +131,12 @@ class SkipTranscoder(nn.Module):
 
     def __init__(self, width_in: int, width_out: int, config: BatchTopKConfig):
         super().__init__()
-        self.encoder = nn.Parameter(torch.zeros(width_in, config.num_latents))
+        # Encoder and skip lie transposed in memory, in a new model as in a restored one: sums round by the layout.
+        self.encoder = nn.Parameter(torch.zeros(config.num_latents, width_in).T)
         self.encoder_bias = nn.Parameter(torch.zeros(config.num_latents))
         self.decoder = nn.Parameter(torch.zeros(config.num_latents, width_out))
         self.decoder_bias = nn.Parameter(torch.zeros(width_out))
-        self.skip = nn.Parameter(torch.zeros(width_out, width_in))
+        self.skip = nn.Parameter(torch.zeros(width_in, width_out).T)
         self.threshold = 0.0
         self.num_active = config.num_active
 
