@@ -131,12 +131,12 @@ class SkipTranscoder(nn.Module):
 
     def __init__(self, width_in: int, width_out: int, config: BatchTopKConfig):
         super().__init__()
-        # Encoder and skip lie transposed in memory, in a new model as in a restored one: sums round by the layout.
+        # Transposed in memory, in a new model as in a restored one, because sums round by the layout.
         self.encoder = nn.Parameter(torch.zeros(config.num_latents, width_in).T)
         self.encoder_bias = nn.Parameter(torch.zeros(config.num_latents))
         self.decoder = nn.Parameter(torch.zeros(config.num_latents, width_out))
         self.decoder_bias = nn.Parameter(torch.zeros(width_out))
-        self.skip = nn.Parameter(torch.zeros(width_in, width_out).T)
+        self.skip = nn.Parameter(torch.zeros(width_out, width_in))
         self.threshold = 0.0
         self.num_active = config.num_active
 
@@ -145,7 +145,8 @@ class SkipTranscoder(nn.Module):
         """Latents begin as spread rows of `x`, each answered by what the best linear map leaves of that row's `y`."""
         model = cls(x.shape[1], y.shape[1], config)
         x_mean, y_mean = x.mean(0), y.mean(0)
-        linear = torch.linalg.lstsq(x - x_mean, y - y_mean).solution
+        # In float64, because the last bits of what LAPACK solves change from call to call.
+        linear = torch.linalg.lstsq((x - x_mean).double(), (y - y_mean).double()).solution.float()
         rows = spread_rows(x, config.num_latents, config.seed)
         left = y[rows] - y_mean - (x[rows] - x_mean) @ linear
         with torch.no_grad():
