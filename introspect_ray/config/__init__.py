@@ -9,6 +9,15 @@ from introspect_ray.config.base import Config, Fraction, differences, resolved
 from introspect_ray.config.datasets import ConvertConfig, GenerateConfig, InspectConfig
 from introspect_ray.config.evaluation import EvaluateConfig, EvaluationRun, Method
 from introspect_ray.config.explainers import ExplainerConfig, ExportConfig, FitProjectionConfig, LoraConfig
+from introspect_ray.config.features import (
+    CoderTrainerConfig,
+    CollectVectorsConfig,
+    StreamConfig,
+    TrainCoderConfig,
+    TrainSaeConfig,
+    TrainTranscoderConfig,
+    VectorKindsConfig,
+)
 from introspect_ray.config.pocket import (
     BuildPocketConfig,
     PocketSparseConfig,
@@ -45,6 +54,8 @@ __all__ = [
     "ActivationPatchingConfig",
     "ActorConfig",
     "BuildPocketConfig",
+    "CoderTrainerConfig",
+    "CollectVectorsConfig",
     "Config",
     "ConvertConfig",
     "EvaluateConfig",
@@ -72,9 +83,14 @@ __all__ = [
     "QuickstartTask",
     "SourceConfig",
     "SplitConfig",
+    "StreamConfig",
     "TaskName",
+    "TrainCoderConfig",
     "TrainConfig",
+    "TrainSaeConfig",
+    "TrainTranscoderConfig",
     "TrainerConfig",
+    "VectorKindsConfig",
     "differences",
     "resolved",
 ]

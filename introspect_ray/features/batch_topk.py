@@ -114,7 +114,9 @@ class Measures:
 class CoderTraining(Protocol):
     """A coder being trained, one batch at a time, by whatever trainer; `y` of an SAE is its `x`."""
 
-    steps_done: int
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps taken."""
 
     def step(self, x: Float[Tensor, "B D"], y: Float[Tensor, "B D"]) -> float:
         """One optimizer step; the loss."""

@@ -31,6 +31,7 @@ _IN_BLOCK: dict[str, Place] = {
     "mlp.hook_out": "mlp_output",
     "hook_mlp_out": "mlp_added",
 }
+_HOOK_NAMES: dict[Place, str] = {place: name for name, place in _IN_BLOCK.items() if name != "hook_mlp_in"}
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 _MODULE = re.compile(r"(?:\w+\.)*?(?:layers|layer|h|blocks)\.(\d+)(\.mlp)?")
 
@@ -52,6 +53,11 @@ def named_place(name: str) -> tuple[int, Place]:
         if rest in _IN_BLOCK:
             return layer, _IN_BLOCK[rest]
     raise UserError(f"{name!r} names no place that is read: expected blocks.N.hook_resid_post, layers.N or alike")
+
+
+def hook_name(layer: int, place: Place) -> str:
+    """TransformerLens' name of a place, which sae-lens writes into a coder's metadata."""
+    return f"blocks.{layer}.{_HOOK_NAMES[place]}"
 
 
 def transcoder_places(name_in: str, name_out: str) -> tuple[int, Place, Place]:
