@@ -9,7 +9,17 @@ from introspect_ray.config.base import Config, Fraction, differences, resolved
 from introspect_ray.config.datasets import ConvertConfig, GenerateConfig, InspectConfig
 from introspect_ray.config.evaluation import EvaluateConfig, EvaluationRun, Method
 from introspect_ray.config.explainers import ExplainerConfig, ExportConfig, FitProjectionConfig, LoraConfig
-from introspect_ray.config.features import CollectConfig, ExemplarLimits
+from introspect_ray.config.features import (
+    CoderTrainerConfig,
+    CollectConfig,
+    CollectVectorsConfig,
+    ExemplarLimits,
+    StreamConfig,
+    TrainCoderConfig,
+    TrainSaeConfig,
+    TrainTranscoderConfig,
+    VectorKindsConfig,
+)
 from introspect_ray.config.pocket import (
     BuildPocketConfig,
     PocketSparseConfig,
@@ -46,7 +56,9 @@ __all__ = [
     "ActivationPatchingConfig",
     "ActorConfig",
     "BuildPocketConfig",
+    "CoderTrainerConfig",
     "CollectConfig",
+    "CollectVectorsConfig",
     "Config",
     "ConvertConfig",
     "EvaluateConfig",
@@ -75,9 +87,14 @@ __all__ = [
     "QuickstartTask",
     "SourceConfig",
     "SplitConfig",
+    "StreamConfig",
     "TaskName",
+    "TrainCoderConfig",
     "TrainConfig",
+    "TrainSaeConfig",
+    "TrainTranscoderConfig",
     "TrainerConfig",
+    "VectorKindsConfig",
     "differences",
     "resolved",
 ]

@@ -180,7 +180,9 @@ def test_a_window_without_a_shared_token_is_not_silent_but_unlike():
     assert finder.find([np.array([2, 99])], 0, nothing, 3).tolist() == [pool.windows[2]]
     assert finder.find([np.array([2])], 0, pool.windows[2:3], 3).tolist() == []
     assert finder.find([np.array([2])], 1, nothing, 3).tolist() == []
-    assert SilentFinder(pool_of(nothing, np.empty(0, np.int64), LIMITS), []).find([np.array([1])], 0, nothing, 1).size == 0
+    assert (
+        SilentFinder(pool_of(nothing, np.empty(0, np.int64), LIMITS), []).find([np.array([1])], 0, nothing, 1).size == 0
+    )
 
 
 def test_windows_with_a_token_that_is_no_number_are_counted_and_not_kept(corpus):
