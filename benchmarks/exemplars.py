@@ -1,9 +1,9 @@
 """Collecting a coder's activations in tokens per second: ours beside delphi's cache, and what memory it takes.
 
 The peer is delphi's `LatentCache.run`, which keeps every activation; ours is the scan that an actor of
-`collect_exemplars.py` runs, tokenizing included, which keeps exemplars. Both read the same contexts with the same model and the same
-TopK SAE, on one thread, in turns. delphi's way to encode is the one that it has for sparsify coders: the k largest,
-scattered into dense latents.
+`collect_exemplars.py` runs, tokenizing included, which keeps exemplars. Both read the same contexts with the same
+model and the same TopK SAE, on one thread, in turns. delphi's way to encode is the one that it has for sparsify
+coders: the k largest, scattered into dense latents.
 
 Before anything is timed, both look at the same contexts: every activation of every token but the first (which ours
 leaves out) is compared, and so are the number of firings and the maximum of each latent. Then memory: our scans and
