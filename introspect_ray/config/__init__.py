@@ -28,6 +28,7 @@ from introspect_ray.config.pocket import (
     QuickstartTask,
 )
 from introspect_ray.config.resources import ActorConfig, ModelConfig, SourceConfig
+from introspect_ray.config.simulators import ScoreDescriptionsConfig, SimulatorConfig, TrainSimulatorConfig
 from introspect_ray.config.tasks import (
     POCKET_FEATURES,
     POCKET_QUESTIONS,
@@ -91,10 +92,13 @@ __all__ = [
     "PromptConfig",
     "QuickstartConfig",
     "QuickstartTask",
+    "ScoreDescriptionsConfig",
+    "SimulatorConfig",
     "SourceConfig",
     "SplitConfig",
     "TaskName",
     "TrainConfig",
+    "TrainSimulatorConfig",
     "TrainerConfig",
     "differences",
     "resolved",
