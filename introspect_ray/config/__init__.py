@@ -14,6 +14,7 @@ from introspect_ray.config.descriptions import (
     DescriptionFormat,
     EndpointConfig,
     JudgeConfig,
+    JudgeDescriptionsConfig,
     LocalChatConfig,
     PromptConfig,
 )
@@ -79,6 +80,7 @@ __all__ = [
     "InputAblationConfig",
     "InspectConfig",
     "JudgeConfig",
+    "JudgeDescriptionsConfig",
     "KnownModel",
     "LocalChatConfig",
     "LoggingConfig",
