@@ -16,8 +16,8 @@ from ray.util import ActorPool
 
 from introspect_ray.config import ActorConfig, ChatConfig, resolved
 from introspect_ray.data.cluster import connect
-from introspect_ray.data.generate import check_resources
 from introspect_ray.data.identity import identify_target
+from introspect_ray.data.pool import check_resources
 from introspect_ray.errors import RunFailed, UserError
 from introspect_ray.models.chat import ChatModel, Choice, Completion, Conversation, Failure
 from introspect_ray.models.endpoint import EndpointChat

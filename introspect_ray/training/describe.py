@@ -81,8 +81,8 @@ class DescribeSummary:
 def describe_latents(config: DescribeConfig, progress: Progress) -> DescribeSummary:
     """Write what is left of the descriptions that `config` describes.
 
-    Raises UserError for bad input before any model loads, or if an endpoint refuses all calls; RunFailed if a cost
-    cap was reached, an endpoint cannot be reached, or too many latents are without a description.
+    Raises UserError for bad input before any model loads; RunFailed if a cost cap was reached, an endpoint answers
+    nothing, or too many latents are without a description.
     """
     prepared = _PREPARE[config.method](config)
     run_key = stable_id(_relevant(config), prepared.inputs, prepared.latents)

@@ -14,7 +14,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -23,10 +23,10 @@ from introspect_ray.data.chat_pool import chat_model, check_chat, relevant_chat
 from introspect_ray.data.claim import Claim
 from introspect_ray.data.description_files import (
     JUDGEMENTS_FILE,
-    judgements_of,
     read_descriptions,
     write_descriptions,
 )
+from introspect_ray.data.judged_shards import ShardResult, read_result, write_result
 from introspect_ray.data.storage import Folder
 from introspect_ray.errors import RunFailed, UserError
 from introspect_ray.evaluation.description_scores import (
@@ -58,20 +58,6 @@ FEATURED = {"detection": "detection/auc", "fuzz": "fuzz/auc", "judge": "judge", 
 Key = tuple[int, int]
 Progress = Callable[[int, int, str], None]
 """(descriptions scored, descriptions in all, note)"""
-
-
-@dataclass
-class ShardResult:
-    """Scores and judgements of the descriptions of some latents, and what the calls came to."""
-
-    scored: list[Scored]
-    judgements: list[LatentJudgements]
-    """Of window methods; of several candidates each has its own."""
-    cost: float = 0.0
-    answers: int = 0
-    failures: dict[str, int] = field(default_factory=dict)
-    may_pass: dict[str, int] = field(default_factory=dict)
-    """Failures for reasons that may be gone another time."""
 
 
 @dataclass(frozen=True)
@@ -286,47 +272,3 @@ def _finish(run: _Run, results: Sequence[ShardResult]) -> JudgeSummary:
             f" {config.max_failed_share:g} (max_failed_share); what there is lies in {config.output}"
         )
     return JudgeSummary(config.output, summary_table(summary), failures, cost)
-
-
-# --- shards -----------------------------------------------------------------------------------------------------
-
-
-def write_result(folder: Folder, run_key: str, index: int, result: ShardResult) -> None:
-    """Write one shard in one step."""
-    rows = [
-        {"description": asdict(one.description), "scores": {name: asdict(score) for name, score in one.scores.items()}}
-        for one in result.scored
-    ]
-    content = {
-        "run_key": run_key,
-        "shard": index,
-        "rows": rows,
-        "judgements": [asdict(one) for one in result.judgements],
-        "cost": result.cost,
-        "answers": result.answers,
-        "failures": result.failures,
-        "may_pass": result.may_pass,
-    }
-    folder.write(_shard_name(index), json.dumps(content, ensure_ascii=False, allow_nan=False).encode())
-
-
-def read_result(folder: Folder, run_key: str, index: int) -> ShardResult | None:
-    """A shard as it lies there; None if it is absent, torn, or of another run."""
-    try:
-        content = json.loads(folder.read(_shard_name(index)))
-        if (content["run_key"], content["shard"]) != (run_key, index):
-            return None
-        scored = [
-            Scored(Description(**row["description"]), {name: Score(**score) for name, score in row["scores"].items()})
-            for row in content["rows"]
-        ]
-        judgements = [judgements_of(row) for row in content["judgements"]]
-        return ShardResult(
-            scored, judgements, content["cost"], content["answers"], content["failures"], content["may_pass"]
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def _shard_name(index: int) -> str:
-    return f"shards/shard-{index:05d}.json"
