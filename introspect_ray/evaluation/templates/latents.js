@@ -55,7 +55,10 @@ function show() {
     button.append(element("small", value === null ? "–" : short(value)));
     button.title = one.text;
     button.setAttribute("aria-current", String(one.latent === current));
-    button.addEventListener("click", () => { location.hash = one.latent; });
+    button.addEventListener("click", () => {
+      location.hash = one.latent;
+      if (matchMedia("(max-width: 860px)").matches) place.scrollIntoView();
+    });
     const item = element("li");
     item.append(button);
     return item;
