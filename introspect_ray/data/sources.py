@@ -248,6 +248,14 @@ def _latent_label(row: Mapping[str, Any]) -> SourceRow:
     }
 
 
+def _evaluation_vector(row: Mapping[str, Any]) -> SourceRow:
+    layer = _number(row["layer"], int)
+    if layer < 0:
+        raise Unusable("index_out_of_range")
+    kept = {"vector_id": _text(row["vector_id"]), "kind": _text(row["kind"]), "group": _text(row["group"])}
+    return {**kept, "layer": layer, "vector": _vector(row["vector"])}
+
+
 LAYOUTS = (
     Layout("counterfact", ("subject", "relation", "relation_id", "target_true"), _counterfact),
     Layout(
@@ -260,5 +268,8 @@ LAYOUTS = (
     Layout("marked_text", ("text", "span_start", "span_end"), _marked_text, ("subject",)),
     Layout("text", ("text",), lambda row: {"text": _text(row["text"])}),
     Layout("latent_labels", ("layer", "index", "description", "accepted", "score"), _latent_label, ("kind", "vector")),
+    Layout("vectors", ("vector_id", "kind", "layer", "group", "vector"), _evaluation_vector),
 )
-"""All known layouts: NeelNanda/counterfact-tracing, ROME's nested counterfact, ROME's known facts, cais/mmlu, ours."""
+"""All known layouts: NeelNanda/counterfact-tracing, ROME's nested counterfact, ROME's known facts, cais/mmlu, ours.
+
+`vectors` are those of collect_vectors.py."""
