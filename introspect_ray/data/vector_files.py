@@ -95,7 +95,7 @@ def open_vectors(url: str) -> VectorSet:
     except ValueError as error:
         raise UserError(f"{url}/{MANIFEST_FILE} is not valid JSON: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("digest") != digest(content):
-        raise UserError(f"{url}/{VECTORS_FILE} is not what {MANIFEST_FILE} says: collect the vectors again")
+        raise UserError(f"{url}/{VECTORS_FILE} is not what {MANIFEST_FILE} says: delete both and collect them again")
     rows = pq.read_table(io.BytesIO(content)).to_pylist()
     return VectorSet(manifest, [_vector(number, row) for number, row in enumerate(rows)])
 
