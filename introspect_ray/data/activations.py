@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from introspect_ray.config import ActorConfig, ModelConfig, StreamConfig
-from introspect_ray.data.generate import RETRIES_PER_SHARD, run_context
+from introspect_ray.data.pool import RETRIES_PER_SHARD, run_context
 from introspect_ray.errors import RunFailed
 from introspect_ray.features.places import Place
 from introspect_ray.features.reading import read_places

@@ -7,17 +7,19 @@ file is not what the config says: it is refused with the row and the field.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from math import isfinite
 from typing import Any
 
 from introspect_ray.config import SourceConfig
-from introspect_ray.data.reading import RawRow, read_rows
+from introspect_ray.data.reading import RawRow, iter_rows
 from introspect_ray.errors import UserError
 
 SourceRow = dict[str, Any]
 _ABSENT = object()
+_ROWS_TO_TELL_LAYOUT = 1000
 
 
 class Unusable(Exception):
@@ -52,14 +54,39 @@ def load_source(config: SourceConfig, purpose: str, accepted_formats: Sequence[s
 
     Raises UserError before any model is touched.
     """
-    raw = _pocket_rows(purpose) if config.path == "pocket" else read_rows(config.path, config.text_unit)
-    raw = raw if config.limit is None else raw[: config.limit]
+    raw = list(_raw_rows(config, purpose))
+    return normalize_rows(config.path, raw, _accepted_layout(config, raw, purpose, accepted_formats))
+
+
+def iter_texts(config: SourceConfig) -> Iterator[tuple[str, str]]:
+    """(text, "") of every usable row of plain text in file order, ("", reason) of every other one; never all at once.
+
+    Unlike `load_source` it does not know duplicates. Raises UserError as that does, for a row when it comes to it.
+    """
+    rows = _raw_rows(config, "text")
+    first = list(islice(rows, _ROWS_TO_TELL_LAYOUT))
+    layout = _accepted_layout(config, first, "text", ("text",))
+    for number, raw_row in enumerate(chain(first, rows)):
+        try:
+            yield _normalized(config.path, number, raw_row, layout)["text"], ""
+        except Unusable as reason:
+            yield "", str(reason)
+
+
+def _raw_rows(config: SourceConfig, purpose: str) -> Iterator[RawRow]:
+    rows = iter(_pocket_rows(purpose)) if config.path == "pocket" else iter_rows(config.path, config.text_unit)
+    return islice(rows, config.limit)
+
+
+def _accepted_layout(
+    config: SourceConfig, raw: Sequence[RawRow], purpose: str, accepted_formats: Sequence[str]
+) -> Layout:
     layout = find_layout(config.path, raw, config.format)
     if layout.format not in accepted_formats:
         raise UserError(
             f"source {config.path} has format {layout.format}, {purpose} needs {' or '.join(accepted_formats)}"
         )
-    return normalize_rows(config.path, raw, layout)
+    return layout
 
 
 def _pocket_rows(purpose: str) -> list[RawRow]:
@@ -92,15 +119,8 @@ def normalize_rows(name: str, raw: Sequence[RawRow], layout: Layout) -> Source:
     rejected: list[tuple[int, str]] = []
     seen: set[str] = set()
     for number, raw_row in enumerate(raw):
-        values = {field: _field(raw_row, field) for field in (*layout.needed, *layout.optional)}
-        for field in layout.needed:
-            if values[field] is _ABSENT:
-                raise UserError(
-                    f"source {name}, row {number} (counted from 0) has no field {field!r},"
-                    f" which format {layout.format} needs"
-                )
         try:
-            row = layout.normalize({field: value for field, value in values.items() if value is not _ABSENT})
+            row = _normalized(name, number, raw_row, layout)
         except Unusable as reason:
             rejected.append((number, str(reason)))
             continue
@@ -112,6 +132,18 @@ def normalize_rows(name: str, raw: Sequence[RawRow], layout: Layout) -> Source:
         rows.append({**row, "row": number})
     assert len(rows) + len(rejected) == len(raw), "every row is used or has a reason"
     return Source(name, layout.format, rows, rejected, len(raw))
+
+
+def _normalized(name: str, number: int, raw_row: RawRow, layout: Layout) -> SourceRow:
+    """The source row of one raw row. Raises Unusable, or UserError if it lacks a field."""
+    values = {field: _field(raw_row, field) for field in (*layout.needed, *layout.optional)}
+    for field in layout.needed:
+        if values[field] is _ABSENT:
+            raise UserError(
+                f"source {name}, row {number} (counted from 0) has no field {field!r},"
+                f" which format {layout.format} needs"
+            )
+    return layout.normalize({field: value for field, value in values.items() if value is not _ABSENT})
 
 
 # --- fields -----------------------------------------------------------------------------------------------------

@@ -5,12 +5,12 @@ The forward pass ends where the layer ends; what follows is never computed. D wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -60,22 +60,40 @@ def check_places(model: PreTrainedModel, layer: int, places: Sequence[Place]) ->
 
 
 def _run(model: PreTrainedModel, layer: int, places: Sequence[Place], ids: Tensor) -> list[Float[Tensor, "B T D"]]:
-    block = decoder_layers(model)[layer]
-    parts = dict(block.named_children())
-    mlp = next((name for name in MLP_NAMES if name in parts), "")
-    if not mlp and any(place != "residual" for place in places):
-        raise UserError(
-            f"decoder layer {layer} of {type(model).__name__} has no part named {' or '.join(MLP_NAMES)}, which"
-            " the coder needs"
-        )
-    with _recorded(block) as calls:
+    found = read_sites(model, [(layer, place) for place in places], ids)
+    return [found[layer, place] for place in places]
+
+
+Site = tuple[int, Place]
+"""A decoder layer and a place in it."""
+
+
+def read_sites(
+    model: PreTrainedModel, sites: Collection[Site], ids: Int[Tensor, "B T"]
+) -> dict[Site, Float[Tensor, "B T D"]]:
+    """The vectors at places of one or more layers, from one forward pass that ends with the last of these layers."""
+    blocks = {layer: decoder_layers(model)[layer] for layer in sorted({layer for layer, _ in sites})}
+    mlps = {layer: _mlp_name(model, layer, blocks[layer], sites) for layer in blocks}
+    with ExitStack() as stack:
+        calls = {layer: stack.enter_context(_recorded(block, layer == max(blocks))) for layer, block in blocks.items()}
         try:
             model.base_model(input_ids=ids, use_cache=False)
         except _LayerDone:
             pass
         else:
             raise AssertionError("a forward pass calls every decoder layer")
-    return [_at(place, block, calls, mlp) for place in places]
+    return {(layer, place): _at(place, blocks[layer], calls[layer], mlps[layer]) for layer, place in sites}
+
+
+def _mlp_name(model: PreTrainedModel, layer: int, block: nn.Module, sites: Collection[Site]) -> str:
+    parts = dict(block.named_children())
+    mlp = next((name for name in MLP_NAMES if name in parts), "")
+    if not mlp and any(place != "residual" for at, place in sites if at == layer):
+        raise UserError(
+            f"decoder layer {layer} of {type(model).__name__} has no part named {' or '.join(MLP_NAMES)}, which"
+            " the coder needs"
+        )
+    return mlp
 
 
 _Call = tuple[Tensor, Tensor]
@@ -84,8 +102,8 @@ _WHOLE = ""
 
 
 @contextmanager
-def _recorded(block: nn.Module) -> Iterator[dict[str, _Call]]:
-    """The calls of the direct parts of a layer, by name, and of the layer itself; which then ends the pass."""
+def _recorded(block: nn.Module, ends_pass: bool) -> Iterator[dict[str, _Call]]:
+    """The calls of the direct parts of a layer, by name, and of the layer itself, which then may end the pass."""
     calls: dict[str, _Call] = {}
     with ExitStack() as hooks:
         for name, module in (*block.named_children(), (_WHOLE, block)):
@@ -97,7 +115,7 @@ def _recorded(block: nn.Module) -> Iterator[dict[str, _Call]]:
                 returned = block_output(output)
                 if given and isinstance(returned, Tensor):
                     calls[name] = given[0], returned
-                if name == _WHOLE:
+                if name == _WHOLE and ends_pass:
                     raise _LayerDone
 
             hooks.callback(module.register_forward_hook(hook, with_kwargs=True).remove)

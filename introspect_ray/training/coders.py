@@ -18,7 +18,7 @@ from ray.exceptions import RayActorError
 from introspect_ray.config import ActorConfig, TrainCoderConfig
 from introspect_ray.data.activations import ActivationStream, StreamPlan
 from introspect_ray.data.cluster import connect, is_elsewhere, is_verbose, quiet_stderr
-from introspect_ray.data.generate import check_resources, translated
+from introspect_ray.data.pool import check_resources, translated
 from introspect_ray.errors import RunFailed, UserError
 from introspect_ray.training.coder_loop import export, train
 from introspect_ray.training.coder_run import CoderRun, begin, prepare
