@@ -1,53 +1,54 @@
-"""Collecting vectors that are no latents, with their exemplars, on Ray Data.
+"""Collecting vectors that are no latents, with their exemplars, on Ray.
 
     driver   prepare (no Ray, no model) -> claim folder
-    actors   VectorWorker: blocks of prompts -> vectors; the mean of the corpus     -> driver: plan/vectors.parquet
-    actors   VectorWorker: blocks of texts -> parts/part-k.parquet (renamed)        -> driver: progress
-    driver   all parts -> merge -> vectors.parquet -> vectors.json
+    actors   VectorWorker: per block of prompts: vectors; the mean of the corpus    -> driver: work/vectors.parquet
+    actors   PartWorker: per block of texts: work/parts/part-k.parquet (renamed)    -> driver: progress
+    driver   all parts -> merge -> vectors.parquet -> vectors.json; work/ is emptied
 
-A part is written whole or not at all, so that the same command goes on after any stop.
+A part is written whole or not at all, so that the same command goes on after any stop, see pool.py.
 """
 
 from __future__ import annotations
 
-import io
 import json
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-import ray.data
-import torch
+import ray
 
-from introspect_ray.config import CollectVectorsConfig
-from introspect_ray.data.cluster import connect, is_verbose, quiet_stderr
-from introspect_ray.data.generate import RETRIES_PER_SHARD, check_resources, run_context, translated
-from introspect_ray.data.shards import parquet_bytes
+from introspect_ray.config import CollectVectorsConfig, resolved
+from introspect_ray.data.attempts import counted_loading
+from introspect_ray.data.cluster import connect
+from introspect_ray.data.pool import OrderWorker, Pool, check_resources, run_orders
+from introspect_ray.data.shards import ShardOrder, read_items, write_items
 from introspect_ray.data.storage import Folder
-from introspect_ray.data.vector_files import MANIFEST_FILE, open_vectors, vector_schema, write_vectors
-from introspect_ray.data.vector_parts import (
-    Directions,
-    finished_parts,
-    finished_row,
-    merge_parts,
-    part_name,
-    unit_vectors,
-    write_part,
+from introspect_ray.data.vector_files import (
+    MANIFEST_FILE,
+    PLAN_FILE,
+    open_vectors,
+    read_plan,
+    write_plan,
+    write_vectors,
 )
-from introspect_ray.data.vector_run import VectorRun, as_matrix, begin, corpus_mean, item_vectors, mean_texts, prepare
-from introspect_ray.errors import RunFailed, UserError
+from introspect_ray.data.vector_parts import finished_row, is_finished, merge_parts, unit_vectors, write_part
+from introspect_ray.data.vector_run import (
+    PartOrder,
+    VectorOrder,
+    VectorRun,
+    as_matrix,
+    corpus_mean,
+    item_vectors,
+    prepare,
+)
+from introspect_ray.errors import RunFailed
 from introspect_ray.features.windows import window
 from introspect_ray.interventions.target import Target
 from introspect_ray.models.loading import load_tokenizer
 
-PLAN_FILE = "plan/vectors.parquet"
 REJECTED_FILE = "rejected.jsonl"
-ITEMS_PER_BLOCK = 64
 
 Progress = Callable[[int, int, str], None]
 """Called with parts done, parts in all, and how it goes."""
@@ -77,32 +78,37 @@ class VectorSummary:
         return f", {self.manifest['lost_tokens']} of them not finite" if self.manifest["lost_tokens"] else ""
 
 
-class VectorWorker:
-    """Holds a target; does one order per call, and answers with a row of JSON."""
+class VectorWorker(OrderWorker):
+    """Holds a target; reads one block of vectors per order, or the mean, and says what it read."""
 
-    def __init__(self, config: CollectVectorsConfig, run_key: str):
-        self.config, self.run_key = config, run_key
-        self.folder = Folder(config.output)
-        self.target = Target.load(config.target)
-        self._directions: Directions | None = None
+    order_class: ClassVar[type[ShardOrder]] = VectorOrder
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        return {"answer": [self._answer(json.loads(str(order))) for order in batch["order"]]}
+    def __init__(self, config: CollectVectorsConfig, work: Folder, run_id: str):
+        self.config, self.work = config, work
+        with counted_loading(work, run_id, ray.get_runtime_context().get_actor_id() or ""):
+            self.target = Target.load(config.target)
 
-    def _answer(self, order: dict[str, Any]) -> str:
-        if order["kind"] == "mean":
-            means = corpus_mean(self.target, self.config, order["texts"])
-            return json.dumps({"means": {layer: mean.tolist() for layer, mean in means.items()}})
-        if order["kind"] == "items":
-            return json.dumps(
-                {"block": order["block"], "rows": list(item_vectors(self.target, order["items"], self.config))}
-            )
-        if self._directions is None:
-            planned, means = read_plan(self.folder)
-            self._directions = unit_vectors(planned, as_matrix(planned), means)
-        texts = [(number, text) for number, text in order["texts"]]
-        write_part(self.folder, order["part"], self.run_key, self.target, texts, self._directions, self.config)
-        return json.dumps({"part": order["part"]})
+    def make(self, order: VectorOrder) -> str:
+        items = read_items(self.work, order)
+        if items[0]["kind"] == "mean":
+            means = corpus_mean(self.target, self.config, [item["text"] for item in items])
+            return json.dumps({layer: mean.tolist() for layer, mean in means.items()})
+        return json.dumps(list(item_vectors(self.target, items, self.config)))
+
+
+class PartWorker(VectorWorker):
+    """Holds a target and all vectors; projects one part of the corpus per order."""
+
+    order_class: ClassVar[type[ShardOrder]] = PartOrder
+
+    def __init__(self, config: CollectVectorsConfig, work: Folder, run_id: str):
+        super().__init__(config, work, run_id)
+        rows, means, _ = read_plan(work)
+        self.directions = unit_vectors(rows, as_matrix(rows), means)
+
+    def make(self, order: PartOrder) -> str:  # type: ignore[override]
+        write_part(self.work, order, self.target, read_items(self.work, order), self.directions, self.config)
+        return ""
 
 
 def collect_vectors(config: CollectVectorsConfig, progress: Progress) -> VectorSummary:
@@ -115,43 +121,33 @@ def collect_vectors(config: CollectVectorsConfig, progress: Progress) -> VectorS
     run = prepare(config)
     if run.folder.size(MANIFEST_FILE) is not None:
         return VectorSummary(config.output, open_vectors(run.folder.url).manifest, was_complete=True)
-    begin(run)
+    run.claim.write()
+    parts = run.parts()
     with connect():
         check_resources(config.actors)
-        if run.folder.size(PLAN_FILE) is None:
-            _make_vectors(run)
-        done = finished_parts(run.folder, run.run_key, run.num_parts)
-        progress(len(done), run.num_parts, "")
-        size = config.texts_per_block
-        orders = [
-            {"kind": "texts", "part": part, "texts": run.corpus[part * size : (part + 1) * size]}
-            for part in range(run.num_parts)
-            if part not in done
-        ]
-        for answer in _answers(run, orders):
-            done.add(answer["part"])
-            progress(len(done), run.num_parts, "")
-    if len(done) < run.num_parts:
-        raise RunFailed(f"{run.num_parts - len(done)} parts were not written; the same command tries again")
-    return VectorSummary(config.output, _finish(run), was_complete=False)
+        arguments = {"config": run.config, "work": run.work}
+        if run.work.size(PLAN_FILE) is None:
+            _make_vectors(run, arguments)
+        todo = [order for order in parts if not is_finished(run.work, order)]
+        for order in todo:
+            write_items(run.work, order, parts[order])
+        before = len(parts) - len(todo)
+        progress(before, len(parts), "")
+        pool: Pool[PartOrder] = Pool(run.work, config.actors, PartWorker, arguments)
+        for done, _ in enumerate(run_orders(pool, todo) if todo else (), start=before + 1):
+            progress(done, len(parts), "")
+    return VectorSummary(config.output, _finish(run, list(parts)), was_complete=False)
 
 
-def _make_vectors(run: VectorRun) -> None:
+def _make_vectors(run: VectorRun, arguments: dict[str, Any]) -> None:
     """All vectors, in order of the items, and the means; the failed ones into rejected.jsonl."""
-    blocks = [run.items[start : start + ITEMS_PER_BLOCK] for start in range(0, len(run.items), ITEMS_PER_BLOCK)]
-    orders: list[dict[str, Any]] = [
-        {"kind": "items", "block": number, "items": items} for number, items in enumerate(blocks)
-    ]
-    found: dict[int, list[dict[str, Any]]] = {}
-    means: dict[int, list[float]] = {}
-    for answer in _answers(run, [{"kind": "mean", "texts": mean_texts(run)}, *orders]):
-        if "means" in answer:
-            means = answer["means"]
-        else:
-            found[answer["block"]] = answer["rows"]
-    if len(found) < len(blocks) or not means:
-        raise RunFailed("not all vectors were read; the same command tries again")
-    rows = [row for number in range(len(blocks)) for row in found[number]]
+    blocks = run.blocks()
+    for order, items in blocks.items():
+        write_items(run.work, order, items)
+    pool: Pool[VectorOrder] = Pool(run.work, run.config.actors, VectorWorker, arguments)
+    found = {order.index: json.loads(account) for order, account in run_orders(pool, list(blocks))}
+    means = found.pop(0)
+    rows = [row for index in sorted(found) for row in found[index]]
     failed = [row for row in rows if "reason" in row]
     _check_share("vectors", sum(row["reason"] == "vector_not_finite" for row in failed), len(rows), run)
     lines = [*run.rejected, *failed]
@@ -159,21 +155,12 @@ def _make_vectors(run: VectorRun) -> None:
     kept = [row for row in rows if "reason" not in row]
     if not kept:
         raise RunFailed(f"of {len(rows)} vectors none can be read ({_reasons(failed)})")
-    table = pa.Table.from_pylist(kept, schema=vector_schema(len(kept[0]["vector"])))
-    metadata = {"means": json.dumps(means), "failed": json.dumps(dict(Counter(row["reason"] for row in failed)))}
-    run.folder.write(PLAN_FILE, parquet_bytes(table.replace_schema_metadata(metadata)))
+    write_plan(run.work, kept, means, dict(Counter(row["reason"] for row in failed)))
 
 
 def _reasons(failed: Sequence[dict[str, Any]]) -> str:
     counts = Counter(row["reason"] for row in failed)
     return ", ".join(f"{reason}: {count}" for reason, count in counts.most_common())
-
-
-def read_plan(folder: Folder) -> tuple[list[dict[str, Any]], dict[int, torch.Tensor]]:
-    """The vectors of a run as rows without exemplars, and the mean vector per layer."""
-    table = pq.read_table(io.BytesIO(folder.read(PLAN_FILE)))
-    means = json.loads(table.schema.metadata[b"means"])
-    return table.to_pylist(), {int(layer): torch.tensor(mean) for layer, mean in means.items()}
 
 
 def _check_share(what: str, lost: int, total: int, run: VectorRun) -> None:
@@ -183,65 +170,30 @@ def _check_share(what: str, lost: int, total: int, run: VectorRun) -> None:
         )
 
 
-def _answers(run: VectorRun, orders: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """What the actors answer to every order, in any order."""
-    if not orders:
-        return
-    actors = run.config.actors
-    rows = ray.data.from_items([{"order": json.dumps(order)} for order in orders], override_num_blocks=len(orders))
-    with run_context(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # as in data/generate.py
-        pipeline = rows.map_batches(
-            VectorWorker,
-            fn_constructor_kwargs={"config": run.config, "run_key": run.run_key},
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(
-                min_size=actors.min_size, max_size=actors.max_size, initial_size=actors.initial_size
-            ),
-            num_cpus=actors.num_cpus,
-            num_gpus=actors.num_gpus or None,
-            max_restarts=-1,
-            max_task_retries=RETRIES_PER_SHARD,
-        )
-        answers = pipeline.iter_rows()
-        iterator = iter(answers)
-        while True:
-            try:
-                with quiet_stderr():
-                    row = next(iterator, None)
-            except Exception as error:
-                raise translated(error, "") from (error if is_verbose() else None)
-            if row is None:
-                return
-            yield json.loads(row["answer"])
-
-
-def _finish(run: VectorRun) -> dict[str, Any]:
-    """Merge all parts, write vectors.parquet and the manifest; the parts are not needed any more and go."""
-    table = pq.read_table(io.BytesIO(run.folder.read(PLAN_FILE)))
-    rows = table.to_pylist()
-    top, random, counts = merge_parts(run.folder, range(run.num_parts), run.config)
+def _finish(run: VectorRun, parts: Sequence[PartOrder]) -> dict[str, Any]:
+    """Merge all parts, write vectors.parquet and the manifest; all else is not needed any more and goes."""
+    rows, _, failed = read_plan(run.work)
+    top, random, counts = merge_parts(run.work, parts, run.config)
     lost, tokens = sum(counts.lost.values()), sum(counts.tokens.values())
     _check_share("tokens", lost, lost + tokens, run)
+    if len(top) < len(rows):
+        raise RunFailed(f"source {run.config.texts.path} has no text of two tokens outside of the test split")
     tokenizer = load_tokenizer(run.config.target)
     window_of = lru_cache(maxsize=None)(lambda ids: window(ids, tokenizer))
     finished = [
-        finished_row(row, number, top.get(number, []), random.get(number, []), counts, window_of)
+        finished_row(row, number, top[number], random.get(number, []), counts, window_of)
         for number, row in enumerate(rows)
     ]
-    if any(row["maximum"] is None for row in finished):
-        raise UserError(f"source {run.config.texts.path} has no text of two tokens outside of the test split")
     manifest = {
-        "run_key": run.run_key,
-        "config": json.loads(run.folder.read("config.json"))["config"],
+        "run_key": run.claim.run_key,
+        "config": resolved(run.config),
         "vectors": dict(sorted(Counter(row["kind"] for row in rows).items())),
-        "failed": json.loads(table.schema.metadata[b"failed"]),
+        "failed": failed,
         "texts": len(run.corpus),
         "tokens": max(counts.tokens.values()),
         "lost_tokens": max(counts.lost.values()),
         "digest": write_vectors(run.folder, finished, len(rows[0]["vector"])),
     }
     run.folder.write(MANIFEST_FILE, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
-    for part in range(run.num_parts):
-        run.folder.remove(part_name(part))
+    run.work.clear()
     return manifest

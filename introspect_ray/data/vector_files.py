@@ -17,7 +17,9 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from jaxtyping import Float
+from torch import Tensor
 
 from introspect_ray.data.shards import parquet_bytes
 from introspect_ray.data.storage import Folder
@@ -27,6 +29,8 @@ from introspect_ray.features.windows import Window
 
 VECTORS_FILE = "vectors.parquet"
 MANIFEST_FILE = "vectors.json"
+PLAN_FILE = "vectors.parquet"
+"""In the folder `work/`: the vectors before they have exemplars."""
 
 VectorKind = Literal["activation", "difference"]
 
@@ -105,6 +109,23 @@ def write_vectors(folder: Folder, rows: Sequence[dict[str, Any]], width: int) ->
     content = parquet_bytes(pa.Table.from_pylist(list(rows), schema=vector_schema(width)))
     folder.write(VECTORS_FILE, content)
     return digest(content)
+
+
+def write_plan(
+    folder: Folder, rows: Sequence[dict[str, Any]], means: dict[str, list[float]], failed: dict[str, int]
+) -> None:
+    """Vectors without exemplars, the mean vector per layer, and how many vectors failed for which reason."""
+    table = pa.Table.from_pylist(list(rows), schema=vector_schema(len(rows[0]["vector"])))
+    metadata = {"means": json.dumps(means), "failed": json.dumps(failed)}
+    folder.write(PLAN_FILE, parquet_bytes(table.replace_schema_metadata(metadata)))
+
+
+def read_plan(folder: Folder) -> tuple[list[dict[str, Any]], dict[int, Tensor], dict[str, int]]:
+    """What `write_plan` wrote."""
+    table = pq.read_table(io.BytesIO(folder.read(PLAN_FILE)))
+    means = json.loads(table.schema.metadata[b"means"])
+    failed = json.loads(table.schema.metadata[b"failed"])
+    return table.to_pylist(), {int(layer): torch.tensor(mean) for layer, mean in means.items()}, failed
 
 
 def digest(content: bytes) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 from introspect_ray.config import CollectVectorsConfig
 from introspect_ray.data.shards import parquet_bytes
 from introspect_ray.data.storage import Folder
-from introspect_ray.data.vector_run import window_rank
+from introspect_ray.data.vector_run import Item, PartOrder, window_rank
 from introspect_ray.features.projection import (
     Hit,
     activations,
@@ -77,28 +77,23 @@ class Counts:
                 mine[int(key)] += count
 
 
-def part_name(index: int) -> str:
-    return f"parts/part-{index:05d}.parquet"
-
-
 def write_part(
     folder: Folder,
-    index: int,
-    run_key: str,
+    order: PartOrder,
     target: Target,
-    texts: Sequence[tuple[int, str]],
+    texts: Sequence[Item],
     vectors: Directions,
     config: CollectVectorsConfig,
 ) -> None:
-    """Project the texts, (source row, text), on the vectors."""
+    """Project the texts, each with its source row, on the vectors."""
     bos = target.tokenizer.bos_token_id if adds_bos(target.tokenizer) else None
     longest = min(config.max_tokens, target.max_tokens or config.max_tokens)
     parts: list[tuple[int, int, list[int]]] = []
-    for number, text in texts:
+    for text in texts:
         offset = 0
-        for ids in pieces(target.encode(text), longest, bos):
+        for ids in pieces(target.encode(text["text"]), longest, bos):
             if len(ids) > 1:
-                parts.append((number, offset, ids))
+                parts.append((text["row"], offset, ids))
             offset += len(ids) - (bos is not None)
     counts = Counts()
     hits: list[tuple[int, float | None, Hit]] = []
@@ -123,37 +118,32 @@ def write_part(
         for vector, rank, hit in hits
     ]
     table = pa.Table.from_pylist(rows, schema=_SCHEMA)
-    folder.write(
-        part_name(index), parquet_bytes(table.replace_schema_metadata({_RUN: run_key, _COUNTS: counts.to_json()}))
-    )
+    table = table.replace_schema_metadata({_RUN: order.run_key, _COUNTS: counts.to_json()})
+    folder.write(order.name, parquet_bytes(table))
 
 
-def finished_parts(folder: Folder, run_key: str, count: int) -> set[int]:
-    """Parts that are there, whole, and of this run."""
-    found = set()
-    for index in range(count):
-        try:
-            table = _read(folder, index)
-        except (OSError, pa.ArrowException):
-            continue
-        if (table.schema.metadata or {}).get(_RUN) == run_key.encode():
-            found.add(index)
-    return found
+def is_finished(folder: Folder, order: PartOrder) -> bool:
+    """Whether the part is there, whole, and of this run."""
+    try:
+        table = _read(folder, order)
+    except (OSError, pa.ArrowException):
+        return False
+    return (table.schema.metadata or {}).get(_RUN) == order.run_key.encode()
 
 
-def _read(folder: Folder, index: int) -> pa.Table:
-    return pq.read_table(io.BytesIO(folder.read(part_name(index))), page_checksum_verification=True)
+def _read(folder: Folder, order: PartOrder) -> pa.Table:
+    return pq.read_table(io.BytesIO(folder.read(order.name)), page_checksum_verification=True)
 
 
 def merge_parts(
-    folder: Folder, parts: Iterable[int], config: CollectVectorsConfig
+    folder: Folder, parts: Iterable[PartOrder], config: CollectVectorsConfig
 ) -> tuple[dict[int, list[Hit]], dict[int, list[Hit]], Counts]:
     """Vector -> its best windows in order, vector -> the windows drawn, and the counts, of all parts."""
     top: dict[int, list[Hit]] = defaultdict(list)
     random: dict[int, list[tuple[float, Hit]]] = defaultdict(list)
     counts = Counts()
-    for index in parts:
-        table = _read(folder, index)
+    for order in parts:
+        table = _read(folder, order)
         counts.add(table.schema.metadata[_COUNTS].decode())
         for row in table.to_pylist():
             values = np.asarray(row["activations"], dtype=np.float32)

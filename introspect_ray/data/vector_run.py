@@ -7,7 +7,6 @@ the prompt). Their exemplars come from texts of the other splits.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from introspect_ray.config import (
-    ActorConfig,
-    CollectVectorsConfig,
-    GenerateConfig,
-    differences,
-    resolved,
-)
+from introspect_ray.config import ActorConfig, CollectVectorsConfig, GenerateConfig, resolved
+from introspect_ray.data.claim import Claim
 from introspect_ray.data.identity import identify_target
+from introspect_ray.data.shards import ShardOrder
 from introspect_ray.data.sources import load_source
 from introspect_ray.data.splits import split_of, splitter, unit_interval
-from introspect_ray.data.storage import TEMPORARY, Folder
+from introspect_ray.data.storage import Folder
 from introspect_ray.errors import UserError
 from introspect_ray.features.reading import read_places
 from introspect_ray.interventions.target import Target
@@ -35,7 +30,7 @@ from introspect_ray.models.tokens import position_of
 from introspect_ray.tasks.activation_patching import ActivationPatching
 from introspect_ray.tasks.base import stable_id
 
-CONFIG_FILE = "config.json"
+ITEMS_PER_BLOCK = 64
 MEAN_TEXTS = 256
 """Texts of the corpus whose tokens the mean vector is that of."""
 
@@ -44,12 +39,35 @@ Position = tuple[list[int], int]
 """Token ids of a prompt, and the place of one of them."""
 
 
+class VectorOrder(ShardOrder):
+    """Which block of vectors is to be read."""
+
+    @property
+    def plan_name(self) -> str:
+        return f"plan/vectors-{self.index:05d}.parquet"
+
+    @property
+    def attempts_name(self) -> str:
+        return f"plan/vectors-{self.index:05d}.attempts.json"
+
+    @property
+    def name(self) -> str:
+        return f"vectors-{self.index:05d}"
+
+
+class PartOrder(ShardOrder):
+    """Which part of the corpus is to be projected."""
+
+    @property
+    def name(self) -> str:
+        return f"parts/part-{self.index:05d}.parquet"
+
+
 @dataclass(frozen=True)
 class VectorRun:
     """A run that passed every check."""
 
-    config: CollectVectorsConfig
-    run_key: str
+    claim: Claim[CollectVectorsConfig]
     items: list[Item]
     """Where vectors are read, layers apart."""
     corpus: list[tuple[int, str]]
@@ -58,12 +76,35 @@ class VectorRun:
     """Source rows that gave neither an item nor a text, each with a reason."""
 
     @property
-    def folder(self) -> Folder:
-        return Folder(self.config.output)
+    def config(self) -> CollectVectorsConfig:
+        return self.claim.config
 
     @property
-    def num_parts(self) -> int:
-        return -(-len(self.corpus) // self.config.texts_per_block)
+    def folder(self) -> Folder:
+        return self.claim.folder
+
+    @property
+    def work(self) -> Folder:
+        """What is there only while the run goes on."""
+        return Folder(f"{self.folder.url.rstrip('/')}/work")
+
+    def blocks(self) -> dict[VectorOrder, list[Item]]:
+        """Items by order; the first order's are the texts that the mean is taken of."""
+        texts = sorted((text for _, text in self.corpus), key=lambda text: unit_interval(f"{self.config.seed}/{text}"))
+        sample: list[Item] = [{"kind": "mean", "text": text} for text in texts[:MEAN_TEXTS]]
+        groups = [sample]
+        groups += [self.items[start : start + ITEMS_PER_BLOCK] for start in range(0, len(self.items), ITEMS_PER_BLOCK)]
+        return {VectorOrder(index, self.claim.run_key): group for index, group in enumerate(groups)}
+
+    def parts(self) -> dict[PartOrder, list[Item]]:
+        """Texts of the corpus by order."""
+        size = self.config.texts_per_block
+        return {
+            PartOrder(index, self.claim.run_key): [
+                {"row": row, "text": text} for row, text in self.corpus[index * size : (index + 1) * size]
+            ]
+            for index in range(-(-len(self.corpus) // size))
+        }
 
 
 def prepare(config: CollectVectorsConfig) -> VectorRun:
@@ -92,16 +133,14 @@ def prepare(config: CollectVectorsConfig) -> VectorRun:
         raise UserError(
             f"sources {config.texts.path} and {config.facts.path} have nothing in the test split, expected some"
         )
-    key = stable_id(_relevant(config), items, corpus, target.model_dump())
-    run = VectorRun(config, key, items, corpus, rejected)
-    _check_output(run)
-    return run
-
-
-def begin(run: VectorRun) -> None:
-    """Claim the output folder."""
-    content = {"run_key": run.run_key, "config": resolved(run.config)}
-    run.folder.write(CONFIG_FILE, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    inputs = {
+        f"target {target.path}": stable_id(target.model_dump()),
+        f"sources {config.texts.path} and {config.facts.path}": stable_id(items, corpus),
+    }
+    key = stable_id(_relevant(config), list(inputs.values()))
+    claim = Claim(Folder(config.output), "vectors", config, key, inputs, _relevant)
+    claim.check()
+    return VectorRun(claim, items, corpus, rejected)
 
 
 def _token_items(rows: Sequence[dict[str, Any]], config: CollectVectorsConfig) -> list[Item]:
@@ -212,12 +251,6 @@ def corpus_mean(target: Target, run_config: CollectVectorsConfig, texts: Sequenc
     return means
 
 
-def mean_texts(run: VectorRun) -> list[str]:
-    """A sample of the corpus by a hash of its contents."""
-    texts = sorted((text for _, text in run.corpus), key=lambda text: unit_interval(f"{run.config.seed}/mean/{text}"))
-    return texts[:MEAN_TEXTS]
-
-
 def window_rank(seed: int, text: int, start: int) -> float:
     """The random number that decides whether a window is among those drawn."""
     return unit_interval(f"{seed}/window/{text}/{start}")
@@ -227,31 +260,8 @@ def as_matrix(rows: Sequence[dict[str, Any]]) -> Tensor:
     return torch.from_numpy(np.asarray([row["vector"] for row in rows], dtype=np.float32))
 
 
-# --- output folder ----------------------------------------------------------------------------------------------
-
-
 def _relevant(config: CollectVectorsConfig) -> dict[str, Any]:
     """The config without what cannot change the result; texts, facts and target are known by their contents."""
     model = config.target.model_copy(update={"path": "", "device": "auto"})
     tree = resolved(config.model_copy(update={"output": "", "actors": ActorConfig(), "target": model}))
     return {name: value for name, value in tree.items() if name not in ("texts", "facts", "max_lost_share")}
-
-
-def _check_output(run: VectorRun) -> None:
-    """Refuse an output folder that holds something else than this very run, begun or finished."""
-    names = [name for name in run.folder.names() if not name.startswith(TEMPORARY)]
-    if not names:
-        return
-    url = run.folder.url
-    if CONFIG_FILE not in names:
-        raise UserError(f"output folder {url} is not empty and holds no vectors ({names[0]}, ...): choose another")
-    try:
-        found = json.loads(run.folder.read(CONFIG_FILE))
-        key, other = found["run_key"], _relevant(CollectVectorsConfig.model_validate(found["config"]))
-    except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f"output folder {url}: its {CONFIG_FILE} is of another job or version: choose another"
-        ) from None
-    if key != run.run_key:
-        what = "; ".join(differences(other, _relevant(run.config))) or "its texts, facts or target have changed since"
-        raise UserError(f"output folder {url} belongs to another config ({what}): choose another folder or delete it")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from introspect_ray.config import CollectVectorsConfig, GenerateConfig, SourceCo
 from introspect_ray.data.sources import load_source
 from introspect_ray.data.storage import Folder
 from introspect_ray.data.vector_files import open_vectors, vector_schema, write_vectors
-from introspect_ray.data.vector_parts import finished_parts, merge_parts, part_name, unit_vectors, write_part
-from introspect_ray.data.vector_run import as_matrix, corpus_mean, item_vectors, prepare
+from introspect_ray.data.vector_parts import is_finished, merge_parts, unit_vectors, write_part
+from introspect_ray.data.vector_run import PartOrder, VectorRun, as_matrix, corpus_mean, item_vectors, prepare
 from introspect_ray.errors import UserError
 from introspect_ray.features.projection import activations, best, cut, drawn, largest_hits, sound_spans
 from introspect_ray.interventions.target import Target
@@ -58,7 +59,8 @@ def test_vectors_are_of_held_out_texts_and_of_pairs_of_the_test_split(target: Ta
             one, other = (residual(target, ids, place, row["layer"]) for ids, place in ends)
             expected = one - other
         torch.testing.assert_close(torch.tensor(row["vector"]), expected, rtol=1e-4, atol=1e-4)
-    assert prepare(config(tmp_path)).run_key == run.run_key != prepare(config(tmp_path, seed=1)).run_key
+    keys = [prepare(config(tmp_path, **changes)).claim.run_key for changes in ({}, {}, {"seed": 1})]
+    assert keys[0] == keys[1] == run.claim.run_key != keys[2]
 
 
 def all_states(target: Target, ids: list[int]) -> tuple[torch.Tensor, ...]:
@@ -124,24 +126,24 @@ def test_activations_are_projections_on_the_unit_vector_from_the_mean() -> None:
     assert np.isnan(found[2]).any()
 
 
-def parts_of(run: Any, target: Target, folder: Folder, size: int, order: list[int] | None = None) -> list[int]:
+def parts_of(run: VectorRun, target: Target, folder: Folder, again: Sequence[int] = ()) -> list[PartOrder]:
+    """Writes all parts, after some that are written twice, as after a lost actor."""
     rows = list(item_vectors(target, run.items, run.config))
     means = corpus_mean(target, run.config, [text for _, text in run.corpus[:10]])
     vectors = unit_vectors(rows, as_matrix(rows), means)
-    indices = list(range(-(-len(run.corpus) // size)))
-    for index in order or indices:
-        texts = run.corpus[index * size : (index + 1) * size]
-        write_part(folder, index, run.run_key, target, texts, vectors, run.config)
-    return indices
+    parts = run.parts()
+    for order in [*(list(parts)[index] for index in again), *parts]:
+        write_part(folder, order, target, parts[order], vectors, run.config)
+    return list(parts)
 
 
 def test_merged_parts_are_those_of_one_brute_force_pass(target: Target, tmp_path: Path) -> None:
     run = prepare(config(tmp_path))
     one, many = Folder(str(tmp_path / "one")), Folder(str(tmp_path / "many"))
-    whole = merge_parts(one, parts_of(run, target, one, 1000), run.config)
-    # In another order, one part twice, as after a lost actor.
-    last = -(-len(run.corpus) // 7)
-    parts = parts_of(run, target, many, 7, [3, 1, *range(last)])
+    single = prepare(config(tmp_path, texts_per_block=1000))
+    whole = merge_parts(one, parts_of(single, target, one), run.config)
+    parts = parts_of(run, target, many, [3, 1])
+    assert len(parts) > 5
     found = merge_parts(many, reversed(parts), run.config)
     places = [
         {vector: [(hit.text, hit.start, hit.ids) for hit in hits] for vector, hits in kind.items()}
@@ -177,8 +179,9 @@ def test_merged_parts_are_those_of_one_brute_force_pass(target: Target, tmp_path
         assert len(whole[1][number]) == 3
     # The windows drawn are the same for all vectors.
     assert len({tuple((hit.text, hit.start) for hit in hits) for hits in whole[1].values()}) == 1
-    Folder(str(tmp_path / "many")).write(part_name(2), b"torn")
-    assert finished_parts(many, run.run_key, 4) == {0, 1, 3} and finished_parts(many, "other", 4) == set()
+    many.write(parts[2].name, b"torn")
+    assert [is_finished(many, order) for order in parts[:4]] == [True, True, False, True]
+    assert not is_finished(many, PartOrder(0, "of another run"))
 
 
 def vectors_folder(folder: Path, width: int = 160) -> str:
