@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,9 @@ from introspect_ray.errors import UserError
 from introspect_ray.features.projection import activations, best, cut, drawn, largest_hits, sound_spans
 from introspect_ray.interventions.target import Target
 from introspect_ray.models.tokens import position_of
+from introspect_ray.pocket.sources import fact_rows
+from introspect_ray.pocket.text import Corpus
+from introspect_ray.pocket.world import World
 from introspect_ray.tasks.base import Answer
 from introspect_ray.tasks.feature_description import FeatureDescription
 
@@ -30,7 +35,19 @@ LAYERS = (0, 2)
 def config(folder: Path, **changes: Any) -> CollectVectorsConfig:
     tree: dict[str, Any] = {"output": str(folder), "layers": LAYERS, "kinds": {"activations": 3, "differences": 3}}
     tree |= {"window": 5, "top": 4, "random": 3, "texts_per_block": 7, "max_tokens": 12}
-    return CollectVectorsConfig.model_validate(tree | {"texts": {"limit": 60}} | changes)
+    texts, facts = _sources()
+    return CollectVectorsConfig.model_validate(tree | {"texts": {"path": texts}, "facts": {"path": facts}} | changes)
+
+
+@lru_cache
+def _sources() -> tuple[str, str]:
+    """Files of a few rows of the pocket world, because making all of its texts takes a second each time."""
+    folder, world = Path(tempfile.mkdtemp()), World(0)
+    corpus = Corpus(world, 7)
+    files = {"texts": [{"text": corpus.document().text} for _ in range(60)], "facts": fact_rows(world)[:300]}
+    for name, rows in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / "texts.jsonl"), str(folder / "facts.jsonl")
 
 
 @pytest.fixture(scope="module")

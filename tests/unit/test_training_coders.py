@@ -6,7 +6,9 @@ SAEs go the same way in tests/cluster, because importing sae_lens is slow.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Generator, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from introspect_ray.config import SourceConfig, TrainTranscoderConfig
+from introspect_ray.config import TrainTranscoderConfig
 from introspect_ray.errors import UserError
 from introspect_ray.features.coder import fraction_unexplained
 from introspect_ray.features.quality import QualitySums
@@ -45,11 +47,19 @@ def read_from(block: int, first: int) -> Iterator[Part]:
         block, first = block + 1, 0
 
 
+@lru_cache
+def _texts() -> str:
+    """A file of 40 texts; none is read here but by its number."""
+    path = Path(tempfile.mkdtemp()) / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": f"text {number}"}) + "\n" for number in range(40)))
+    return str(path)
+
+
 def run(folder: Path, **changes: Any) -> CoderRun:
     tree: dict[str, Any] = {"output": str(folder), "num_latents": 40, "num_active": 2, "steps": 90, "batch_size": 64}
     tree |= {"learning_rate": 1e-2, "dead_after": 20, "stream": {"buffer_batches": 8}, "held_out_tokens": 500}
-    tree |= {"trainer": {"log_every": 10, "checkpoint_every": 25}}
-    prepared = prepare(TrainTranscoderConfig.model_validate(tree | {"source": SourceConfig(limit=40)} | changes))
+    tree |= {"trainer": {"log_every": 10, "checkpoint_every": 25}, "source": {"path": _texts()}}
+    prepared = prepare(TrainTranscoderConfig.model_validate(tree | changes))
     assert len(prepared.held_out) == 2 and len(prepared.texts) == 38
     prepared.claim.write()
     return prepared.run
@@ -123,8 +133,8 @@ def test_a_stopped_run_ends_as_one_that_was_not(
     ("changes", "line"),
     [
         ({"layer": 9}, "layer is 9, but pocket:target_a has 4 layers: expected 0 to 3"),
-        ({"source": {"limit": 1}}, "gives 1 text, expected 2 or more"),
-        ({"source": {"format": "mmlu"}}, "which format mmlu needs"),
+        ({"source": {"path": "pocket", "limit": 1}}, "gives 1 text, expected 2 or more"),
+        ({"source": {"path": "pocket", "format": "mmlu"}}, "which format mmlu needs"),
         ({"target": {"path": "no/such_model/here"}}, "does not exist"),
     ],
 )
