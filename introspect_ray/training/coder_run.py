@@ -1,6 +1,6 @@
 """A coder's training run before anything starts: checks, identity, and what is there of it. No Ray here.
 
-Output folder:  config.json (first)  metrics.jsonl  checkpoint.safetensors (while it trains)
+Output folder:  config.json (first)  metrics.jsonl  checkpoint.safetensors  work/ (while it trains)
                 cfg.json  sae_weights.safetensors  training.json (last)
 """
 
@@ -36,6 +36,11 @@ class CoderRun:
     @property
     def folder(self) -> Folder:
         return Folder(self.config.output)
+
+    @property
+    def work(self) -> Folder:
+        """Notes of actors, there only while the run goes on."""
+        return Folder(f"{self.config.output.rstrip('/')}/work")
 
     @property
     def kind(self) -> str:

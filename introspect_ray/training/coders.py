@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
 from introspect_ray.config import ActorConfig, TrainCoderConfig
 from introspect_ray.data.activations import ActivationStream, StreamPlan
@@ -57,7 +57,7 @@ class CoderTrainer:
         """Lines of metrics as they come, and at the end `{"report": ...}`."""
         config = run.config
         common = (config.target, config.layer, run.places, config.stream)
-        stream = ActivationStream(StreamPlan(*common, len(texts), config.seed), texts, config.actors)
+        stream = ActivationStream(StreamPlan(*common, len(texts), config.seed), texts, config.actors, run.work)
         for line in train(run, stream.parts):
             seen = line["tokens"]
             if stream.lost > config.max_lost_share * (seen + stream.lost):
@@ -66,7 +66,7 @@ class CoderTrainer:
                     f" {config.stream.dtype}, more than max_lost_share {config.max_lost_share:g} allows"
                 )
             yield line
-        measured = ActivationStream(StreamPlan(*common, len(held_out), None), held_out, config.actors)
+        measured = ActivationStream(StreamPlan(*common, len(held_out), None), held_out, config.actors, run.work)
         yield {"report": export(run, measured.parts(), lambda: stream.lost + measured.lost)}
 
 
@@ -84,6 +84,7 @@ def train_coder(config: TrainCoderConfig, progress: Progress) -> CoderSummary:
     with connect():
         _check_resources(config)
         report = _trained(prepared, progress)
+    prepared.run.work.clear()
     return CoderSummary(config.output, report, was_complete=False)
 
 
@@ -116,6 +117,8 @@ def _trained(prepared: Prepared, progress: Progress) -> dict[str, Any]:
         try:
             return _watched(run, actor.run.options(num_returns="streaming").remote(*arguments), progress)
         except RayActorError as error:
+            if isinstance(error, RayTaskError):  # raised in the trainer, about an actor of its pipeline
+                raise translated(error, "") from (error if is_verbose() else None)
             now = _steps_logged(run)
             failures, newest = (1, now) if now > newest else (failures + 1, newest)
             if failures > trainer.max_failures:
@@ -123,8 +126,6 @@ def _trained(prepared: Prepared, progress: Progress) -> dict[str, Any]:
                     f"the trainer's process died {failures} times at step {now}; it may need more memory than there"
                     " is; the same command goes on"
                 ) from (error if is_verbose() else None)
-        except (UserError, RunFailed):
-            raise
         except Exception as error:
             raise translated(error, "") from (error if is_verbose() else None)
         finally:
