@@ -7,9 +7,21 @@ what the job writes, so that an output folder can say which config it belongs to
 
 from introspect_ray.config.base import Config, Fraction, differences, resolved
 from introspect_ray.config.datasets import ConvertConfig, GenerateConfig, InspectConfig
+from introspect_ray.config.descriptions import (
+    ChatConfig,
+    ConvertDescriptionsConfig,
+    DescribeConfig,
+    DescriptionFormat,
+    EndpointConfig,
+    JudgeConfig,
+    JudgeDescriptionsConfig,
+    LocalChatConfig,
+    PromptConfig,
+)
 from introspect_ray.config.evaluation import EvaluateConfig, EvaluationRun, Method
 from introspect_ray.config.explainers import ExplainerConfig, ExportConfig, FitProjectionConfig, LoraConfig
 from introspect_ray.config.features import (
+    BrowseConfig,
     CoderTrainerConfig,
     CollectConfig,
     CollectVectorsConfig,
@@ -28,6 +40,7 @@ from introspect_ray.config.pocket import (
     QuickstartTask,
 )
 from introspect_ray.config.resources import ActorConfig, ModelConfig, SourceConfig
+from introspect_ray.config.simulators import ScoreDescriptionsConfig, SimulatorConfig, TrainSimulatorConfig
 from introspect_ray.config.tasks import (
     POCKET_FEATURES,
     POCKET_QUESTIONS,
@@ -55,12 +68,18 @@ __all__ = [
     "POCKET_QUESTIONS",
     "ActivationPatchingConfig",
     "ActorConfig",
+    "BrowseConfig",
     "BuildPocketConfig",
+    "ChatConfig",
     "CoderTrainerConfig",
     "CollectConfig",
     "CollectVectorsConfig",
     "Config",
     "ConvertConfig",
+    "ConvertDescriptionsConfig",
+    "DescribeConfig",
+    "DescriptionFormat",
+    "EndpointConfig",
     "EvaluateConfig",
     "EvaluationDuringConfig",
     "EvaluationRun",
@@ -74,7 +93,10 @@ __all__ = [
     "GpuName",
     "InputAblationConfig",
     "InspectConfig",
+    "JudgeConfig",
+    "JudgeDescriptionsConfig",
     "KnownModel",
+    "LocalChatConfig",
     "LoggingConfig",
     "LoraConfig",
     "Method",
@@ -83,8 +105,11 @@ __all__ = [
     "PlanConfig",
     "PocketSparseConfig",
     "PocketTargetConfig",
+    "PromptConfig",
     "QuickstartConfig",
     "QuickstartTask",
+    "ScoreDescriptionsConfig",
+    "SimulatorConfig",
     "SourceConfig",
     "SplitConfig",
     "StreamConfig",
@@ -92,6 +117,7 @@ __all__ = [
     "TrainCoderConfig",
     "TrainConfig",
     "TrainSaeConfig",
+    "TrainSimulatorConfig",
     "TrainTranscoderConfig",
     "TrainerConfig",
     "VectorKindsConfig",

@@ -28,7 +28,7 @@ class FeatureDescription:
     has_vectors: ClassVar[bool] = True
     breakdowns: ClassVar[Mapping[str, str]] = {"Kind of description": "label_kind"}
     unshared: ClassVar[tuple[str, ...]] = ()
-    selected_by: ClassVar[tuple[str, ...]] = ("label_score",)
+    selected_by: ClassVar[tuple[str, ...]] = ("description",)
     source_formats: ClassVar[tuple[str, ...]] = ("latent_labels", "vectors")
 
     def schema(self, width: int, config: GenerateConfig) -> pa.Schema:
@@ -62,7 +62,7 @@ class FeatureDescription:
                 seen.add(row["vector_id"])
                 plan.items.append(_evaluation_item(row))
                 continue
-            if row["score"] < config.feature_description.minimum_score:
+            if row["score"] is not None and row["score"] < config.feature_description.minimum_score:
                 plan.rejected.append((row["row"], "label_score_too_low"))
                 continue
             kind = "latent" if row["vector"] is None else "activation"
@@ -108,7 +108,7 @@ class FeatureDescription:
 
     def select(self, records: pa.Table, config: GenerateConfig) -> list[str] | None:  # noqa: ARG002 - needs no setting
         """All that have a description to train on or to compare with; `None` if no record lacks one."""
-        described = records.filter(pc.is_valid(records["label_score"]))
+        described = records.filter(pc.is_valid(records["description"]))
         return None if described.num_rows == records.num_rows else described["record_id"].to_pylist()
 
     def render(self, record: Record) -> Example:
@@ -132,11 +132,11 @@ class FeatureDescription:
             pieces = [(record["label_kind"], True), layer]
         else:
             pieces = [("latent ", False), (str(record["latent"]), True), layer]
-        if record["label_score"] is None:
+        if record["description"] is None:
             return pieces, {"scored by": "simulation on its exemplars"}
         return pieces, {
             "also right": "; ".join(record["accepted"]) or "nothing else",
-            "score of the label": f"{record['label_score']:.2f}",
+            "score of the label": "none" if record["label_score"] is None else f"{record['label_score']:.2f}",
         }
 
 

@@ -10,7 +10,7 @@ import importlib.util
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import ValidationError
 
@@ -41,6 +41,26 @@ from introspect_ray.training.validation import check_evaluation
 TRAINING_FILE = "training.json"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS_FOLDER = "checkpoints"
+
+
+class Run(Protocol):
+    """What loggers, drivers and loops need of a training run, be it of an explainer or of a simulator."""
+
+    @property
+    def config(self) -> Any: ...
+
+    @property
+    def run_key(self) -> str: ...
+
+    @property
+    def folder(self) -> Folder: ...
+
+    @property
+    def checkpoints(self) -> Folder: ...
+
+    def results(self) -> dict[str, Any]: ...
+
+    def to_json(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
