@@ -9,9 +9,10 @@ Blocks are what Ray tries again when an actor dies; the same block has the same 
 
 from __future__ import annotations
 
+import uuid
 import warnings
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,9 @@ import torch
 from torch import Tensor
 
 from introspect_ray.config import ActorConfig, ModelConfig, StreamConfig
+from introspect_ray.data.attempts import counted_loading
 from introspect_ray.data.pool import RETRIES_PER_SHARD, run_context
+from introspect_ray.data.storage import Folder
 from introspect_ray.errors import RunFailed
 from introspect_ray.features.places import Place
 from introspect_ray.features.reading import read_places
@@ -57,10 +60,11 @@ class StreamPlan:
 class TargetReader:
     """Holds a target; turns the number of a block into its rows."""
 
-    def __init__(self, plan: StreamPlan, texts: Any):
+    def __init__(self, plan: StreamPlan, texts: Any, notes: Folder, run_id: str):
         self.plan = plan
         self.texts = ray.get(texts[0])
-        self.target = Target.load(plan.target)
+        with counted_loading(notes, run_id, ray.get_runtime_context().get_actor_id() or ""):
+            self.target = Target.load(plan.target)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, np.ndarray]:
         (block,) = batch["block"]
@@ -104,10 +108,12 @@ def _to_torch(values: np.ndarray, dtype: torch.dtype) -> Tensor:
 class ActivationStream:
     """The rows of a plan, from any place on. Texts are put into the object store once."""
 
-    def __init__(self, plan: StreamPlan, texts: Sequence[str], actors: ActorConfig):
+    def __init__(self, plan: StreamPlan, texts: Sequence[str], actors: ActorConfig, notes: Folder):
+        """`notes` is where actors write down that they load, in case they die of it."""
         assert len(texts) == plan.num_texts
         self.plan = plan
         self.actors = actors
+        self.notes = notes
         self.lost = 0
         """Tokens so far whose activations were not finite."""
         self._texts = ray.put(pa.array(texts, pa.large_string()))
@@ -127,16 +133,9 @@ class ActivationStream:
     def _pipeline_parts(self, start: int, stop: int) -> Generator[Part]:
         dtype = _DTYPES[self.plan.stream.dtype]
         with run_context():
-            context = ray.data.DataContext.get_current()
-            ordered = context.execution_options.preserve_order
-            context.execution_options.preserve_order = True
-            try:
-                batches = self._pipeline(start, stop).iter_batches(
-                    batch_size=None, batch_format="numpy", prefetch_batches=1
-                )
-            finally:
-                context.execution_options.preserve_order = ordered
-            for batch in batches:
+            with _every_block_in_order():
+                pipeline = self._pipeline(start, stop)
+            for batch in pipeline.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
                 self.lost += int(batch["lost"].sum())
                 edges = np.flatnonzero(np.diff(batch["block"])) + 1
                 for begin, end in zip([0, *edges], [*edges, len(batch["block"])], strict=True):
@@ -152,7 +151,12 @@ class ActivationStream:
             warnings.simplefilter("ignore")  # as in data/generate.py
             return rows.map_batches(
                 TargetReader,
-                fn_constructor_kwargs={"plan": self.plan, "texts": [self._texts]},
+                fn_constructor_kwargs={
+                    "plan": self.plan,
+                    "texts": [self._texts],
+                    "notes": self.notes,
+                    "run_id": uuid.uuid4().hex,
+                },
                 batch_size=1,
                 compute=ray.data.ActorPoolStrategy(
                     min_size=actors.min_size, max_size=actors.max_size, initial_size=actors.initial_size
@@ -162,3 +166,15 @@ class ActivationStream:
                 max_restarts=-1,
                 max_task_retries=RETRIES_PER_SHARD,
             )
+
+
+@contextmanager
+def _every_block_in_order() -> Iterator[None]:
+    """Settings of pipelines made inside: no block is left out for an error, and none overtakes another."""
+    context = ray.data.DataContext.get_current()
+    before = context.max_errored_blocks, context.execution_options.preserve_order
+    context.max_errored_blocks, context.execution_options.preserve_order = 0, True
+    try:
+        yield
+    finally:
+        context.max_errored_blocks, context.execution_options.preserve_order = before

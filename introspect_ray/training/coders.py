@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
 from introspect_ray.config import ActorConfig, TrainCoderConfig
 from introspect_ray.data.activations import ActivationStream, StreamPlan
@@ -21,7 +21,7 @@ from introspect_ray.data.cluster import connect, is_elsewhere, is_verbose, quiet
 from introspect_ray.data.pool import check_resources, translated
 from introspect_ray.errors import RunFailed, UserError
 from introspect_ray.training.coder_loop import export, train
-from introspect_ray.training.coder_run import CoderRun, begin, prepare
+from introspect_ray.training.coder_run import CoderRun, Prepared, prepare
 from introspect_ray.training.metrics import Metrics, read_metrics
 
 Progress = Callable[[int, int, str], None]
@@ -57,7 +57,7 @@ class CoderTrainer:
         """Lines of metrics as they come, and at the end `{"report": ...}`."""
         config = run.config
         common = (config.target, config.layer, run.places, config.stream)
-        stream = ActivationStream(StreamPlan(*common, len(texts), config.seed), texts, config.actors)
+        stream = ActivationStream(StreamPlan(*common, len(texts), config.seed), texts, config.actors, run.work)
         for line in train(run, stream.parts):
             seen = line["tokens"]
             if stream.lost > config.max_lost_share * (seen + stream.lost):
@@ -66,7 +66,7 @@ class CoderTrainer:
                     f" {config.stream.dtype}, more than max_lost_share {config.max_lost_share:g} allows"
                 )
             yield line
-        measured = ActivationStream(StreamPlan(*common, len(held_out), None), held_out, config.actors)
+        measured = ActivationStream(StreamPlan(*common, len(held_out), None), held_out, config.actors, run.work)
         yield {"report": export(run, measured.parts(), lambda: stream.lost + measured.lost)}
 
 
@@ -77,13 +77,14 @@ def train_coder(config: TrainCoderConfig, progress: Progress) -> CoderSummary:
         UserError: bad input, before any model loads.
         RunFailed: activations or processes failed too often.
     """
-    run, texts, held_out = prepare(config)
-    if (report := run.report()) is not None:
+    prepared = prepare(config)
+    if (report := prepared.run.report()) is not None:
         return CoderSummary(config.output, report, was_complete=True)
-    begin(run)
+    prepared.claim.write()
     with connect():
         _check_resources(config)
-        report = _trained(run, texts, held_out, progress)
+        report = _trained(prepared, progress)
+    prepared.run.work.clear()
     return CoderSummary(config.output, report, was_complete=False)
 
 
@@ -105,16 +106,19 @@ def _check_resources(config: TrainCoderConfig) -> None:
             )
 
 
-def _trained(run: CoderRun, texts: list[str], held_out: list[str], progress: Progress) -> dict[str, Any]:
+def _trained(prepared: Prepared, progress: Progress) -> dict[str, Any]:
     """Attempts until one ends, or until `max_failures` of them left no newer line of metrics."""
-    trainer = run.config.trainer
+    run, trainer = prepared.run, prepared.run.config.trainer
+    arguments = (run, prepared.texts, prepared.held_out)
     failures, newest = 0, _steps_logged(run)
     while True:
         trainer_class: Any = ray.remote(num_cpus=trainer.num_cpus, num_gpus=trainer.num_gpus)(CoderTrainer)
         actor = trainer_class.remote()
         try:
-            return _watched(run, actor.run.options(num_returns="streaming").remote(run, texts, held_out), progress)
+            return _watched(run, actor.run.options(num_returns="streaming").remote(*arguments), progress)
         except RayActorError as error:
+            if isinstance(error, RayTaskError):  # raised in the trainer, about an actor of its pipeline
+                raise translated(error, "") from (error if is_verbose() else None)
             now = _steps_logged(run)
             failures, newest = (1, now) if now > newest else (failures + 1, newest)
             if failures > trainer.max_failures:
@@ -122,8 +126,6 @@ def _trained(run: CoderRun, texts: list[str], held_out: list[str], progress: Pro
                     f"the trainer's process died {failures} times at step {now}; it may need more memory than there"
                     " is; the same command goes on"
                 ) from (error if is_verbose() else None)
-        except (UserError, RunFailed):
-            raise
         except Exception as error:
             raise translated(error, "") from (error if is_verbose() else None)
         finally:
