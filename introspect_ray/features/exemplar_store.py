@@ -277,7 +277,8 @@ class _Block:
         self._windows = windows
         self._places = {window: place for place, window in enumerate(windows["window"].to_pylist())}
         self._splits = windows["split"].to_numpy()
-        self._random = np.flatnonzero(windows["random"].to_numpy(zero_copy_only=False))
+        random = np.flatnonzero(windows["random"].to_numpy(zero_copy_only=False))
+        self._random = [(int(self._splits[place]), windows["window"][int(place)].as_py()) for place in random]
         self._made: dict[int, Window] = {}
         groups = [rows.metadata.row_group(index).column(0).statistics for index in range(rows.num_row_groups)]
         self._first = np.array([group.min for group in groups], dtype=np.int64)
@@ -289,9 +290,8 @@ class _Block:
         fires = {row["window"]: row for row in rows if row["kind"] == RANDOM}
         random = [
             fires.get(window, {"window": window, "kind": RANDOM, "positions": (), "values": ()})
-            for place in self._random
-            if self._splits[place] in splits
-            for window in [self._windows["window"][int(place)].as_py()]
+            for split, window in self._random
+            if split in splits
         ]
         others = [
             [row for row in rows if row["kind"] == kind] for kind in range(len(KINDS)) if kind not in (TOP, RANDOM)
