@@ -155,7 +155,7 @@ def merge_block(scans: CoderScans, output: Folder, order: BlockOrder, block: int
     silent = pick_silent(firing, rows, scans.pool, scans.finder, tokens, limits.silent)
     random = scans.pool.windows[random_windows(scans.pool, limits.random)]
     wanted = np.unique(np.concatenate([random, silent.rows.windows]))
-    others = _in_order(scans.pool_windows, np.setdiff1d(wanted, firing.rows.windows), scans.pool.windows)
+    others = _in_order(scans.pool_windows, np.setdiff1d(wanted, firing.rows.windows))
     windows = pa.concat_tables([firing_windows, others]).sort_by("window")
     is_random = pa.array(np.isin(windows["window"].to_numpy(), random))
     files = {
@@ -183,9 +183,9 @@ def _tokens(windows: pa.Table) -> list[np.ndarray]:
     return [np.array(tokens, dtype=np.int64) for tokens in windows["tokens"].to_pylist()]
 
 
-def _in_order(table: pa.Table, wanted: np.ndarray, there: np.ndarray | None = None) -> pa.Table:
-    """Rows of a table by the ids of their windows; `there` are those of the table, in its order."""
-    ids = table["window"].to_numpy() if there is None else there
+def _in_order(table: pa.Table, wanted: np.ndarray) -> pa.Table:
+    """Rows of a table by the ids of their windows, in the order that is wanted."""
+    ids = table["window"].to_numpy()
     order = np.argsort(ids)
     return table.take(pa.array(order[np.searchsorted(ids, wanted, sorter=order)]))
 
