@@ -176,17 +176,21 @@ def _read_delphi(config: ConvertDescriptionsConfig) -> _Read:
     return _Read(imported, judgements)
 
 
+def judgements_of(row: dict[str, Any]) -> LatentJudgements:
+    """Judgements from the JSON object that their dataclass became. Raises what such an object may lack."""
+    judged = [
+        Judgement(**{**one, "tokens": tuple(one["tokens"]), "activations": tuple(one["activations"])})
+        for one in row["judgements"]
+    ]
+    return LatentJudgements(**{**row, "judgements": tuple(judged)})
+
+
 def _judgement_lines(folder: Folder, name: str) -> Iterator[LatentJudgements]:
     for number, line in enumerate(_text(folder, name).split("\n"), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            judged = [
-                Judgement(**{**one, "tokens": tuple(one["tokens"]), "activations": tuple(one["activations"])})
-                for one in row.pop("judgements")
-            ]
-            yield LatentJudgements(**row, judgements=tuple(judged))
+            yield judgements_of(json.loads(line))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{folder.url}/{name}, line {number} is no judgement: {error}") from None
 
@@ -215,7 +219,7 @@ def _write_delphi(folder: Folder, config: ConvertDescriptionsConfig, found: _Rea
     """One explanation per latent, and the judgements of just that text."""
     chosen: dict[Key, Description] = {}
     for key, candidates in by_latent(found.imported.descriptions).items():
-        chosen[key] = best(candidates, config.delphi_scorer)
+        chosen[key] = best(candidates, config.delphi_best_by)
         found.imported.unused += [
             (f"layer {key[0]} latent {key[1]}: {other.text}", "delphi_holds_one_per_latent")
             for other in candidates

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from introspect_ray.config import DescribeConfig, resolved
-from introspect_ray.data.chat_pool import check_chat
+from introspect_ray.data.chat_pool import check_chat, relevant_chat
 from introspect_ray.data.claim import Claim
 from introspect_ray.data.description_files import LEXICON, SUMMARY_FILE, lexicon_descriptions, write_descriptions
 from introspect_ray.data.identity import folder_digest
@@ -81,8 +81,8 @@ class DescribeSummary:
 def describe_latents(config: DescribeConfig, progress: Progress) -> DescribeSummary:
     """Write what is left of the descriptions that `config` describes.
 
-    Raises UserError for bad input before any model loads, or if an endpoint refuses all calls; RunFailed if a cost
-    cap was reached, an endpoint cannot be reached, or too many latents are without a description.
+    Raises UserError for bad input before any model loads; RunFailed if a cost cap was reached, an endpoint answers
+    nothing, or too many latents are without a description.
     """
     prepared = _PREPARE[config.method](config)
     run_key = stable_id(_relevant(config), prepared.inputs, prepared.latents)
@@ -199,13 +199,13 @@ def _finish(
 
 
 def _prepare_chat(config: DescribeConfig) -> _Prepared:
-    check_chat(config.chat)
+    inputs = check_chat(config.chat)
     store = open_exemplars(config.exemplars)
     latents = _chosen(config, [(one.layer, one.latent) for one in store.latents()], f"exemplars {config.exemplars}")
     return _Prepared(
         f"llm:{_last_part(config.chat.name)}",
         latents,
-        {f"exemplars {config.exemplars}": store.meta.run_key},
+        inputs | {f"exemplars {config.exemplars}": store.meta.run_key},
         lambda spent: chat_describer(config, lambda latent: store.read(latent, EXEMPLAR_SPLIT), spent),
     )
 
@@ -264,12 +264,7 @@ def _relevant(config: DescribeConfig) -> dict[str, Any]:
     )
     tree = {name: value for name, value in resolved(config).items() if name not in aside}
     if config.method == "chat":
-        chat = dict(tree["chat"])
-        other = "local" if config.chat.kind == "endpoint" else "endpoint"
-        del chat[other]
-        if config.chat.kind == "endpoint":
-            chat["endpoint"] = {name: chat["endpoint"][name] for name in ("url", "model")}
-        tree["chat"] = chat
+        tree["chat"] = relevant_chat(config.chat)
     return tree
 
 

@@ -95,7 +95,7 @@ def test_of_several_candidates_delphi_gets_the_best_by_the_score_and_the_others_
     assert [best(ours, "sim").text, best(ours, None).text, best(ours, "other").text] == ["pets", "cats", "cats"]
     assert best(ours[:2], "sim").text == "felines"
     (tmp_path / "descriptions.jsonl").write_text(description_lines(ours))
-    _, summary = convert(tmp_path, tmp_path / "d", "descriptions", "delphi", delphi_scorer="sim")
+    _, summary = convert(tmp_path, tmp_path / "d", "descriptions", "delphi", delphi_best_by="sim")
     assert summary["not_used"] == {"delphi_holds_one_per_latent": 3}
     assert tree(tmp_path / "d") == {"explanations/layers.1_latent4.txt": b'"pets"'}
     reasons = [json.loads(line) for line in (tmp_path / "d/unused.jsonl").read_text().splitlines()]

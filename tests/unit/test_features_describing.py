@@ -70,6 +70,7 @@ def test_marks_are_above_the_share_of_the_latents_maximum_and_never_on_silent_wi
         ("```\nnumbers\n```", "numbers"),
         ("<think>is it cats?</think>\n dogs", "dogs"),
         ("1. dogs", "dogs"),
+        ("cats ⟦and\x07dogs⟧", "cats [[and\N{REPLACEMENT CHARACTER}dogs]]"),
     ],
 )
 def test_the_description_is_the_first_line_of_the_answer(answer, description):
