@@ -218,6 +218,16 @@ def cases(folder):
             ("max_cost needs input_price and output_price",),
         ),
         "exemplars that are not there": (*describe(), (f"{absent} has no exemplars.json",)),
+        "simulator without exemplars": (
+            "train_simulator",
+            ["--model.path", target, "--exemplars", absent, "--output", str(folder / "new")],
+            (f"{absent} has no exemplars.json", "collect_exemplars.py writes it last"),
+        ),
+        "scores by no simulator": (
+            "score_descriptions",
+            ["--simulator.model.path", whole, "--simulator.kind", "finetuned", "--output", str(folder / "new")],
+            (f"{whole} is not a finished simulator: it has no simulator.json",),
+        ),
         "empty source": (
             *generate("--source.path", str(folder / "empty.jsonl")),
             (f"source {folder / 'empty.jsonl'} is empty, expected at least one row",),
@@ -235,7 +245,8 @@ NAMES = (
     *("truncated shard of an evaluation", "width without projection", "NaN in a vector"),
     *("NaN in a vector to train on", "empty source", "source row without a field"),
     *("evaluation without validation records", "metric of no dataset", "explainers without names"),
-    *("export of no explainer", "descriptions without a field", "key of an endpoint", "cost cap without a price"),
+    *("export of no explainer", "simulator without exemplars", "scores by no simulator"),
+    *("descriptions without a field", "key of an endpoint", "cost cap without a price"),
     "exemplars that are not there",
 )
 AS_A_USER = ("unknown task", "truncated shard")
