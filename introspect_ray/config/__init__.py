@@ -20,7 +20,17 @@ from introspect_ray.config.descriptions import (
 )
 from introspect_ray.config.evaluation import EvaluateConfig, EvaluationRun, Method
 from introspect_ray.config.explainers import ExplainerConfig, ExportConfig, FitProjectionConfig, LoraConfig
-from introspect_ray.config.features import CollectConfig, ExemplarLimits
+from introspect_ray.config.features import (
+    CoderTrainerConfig,
+    CollectConfig,
+    CollectVectorsConfig,
+    ExemplarLimits,
+    StreamConfig,
+    TrainCoderConfig,
+    TrainSaeConfig,
+    TrainTranscoderConfig,
+    VectorKindsConfig,
+)
 from introspect_ray.config.pocket import (
     BuildPocketConfig,
     PocketSparseConfig,
@@ -59,7 +69,9 @@ __all__ = [
     "ActorConfig",
     "BuildPocketConfig",
     "ChatConfig",
+    "CoderTrainerConfig",
     "CollectConfig",
+    "CollectVectorsConfig",
     "Config",
     "ConvertConfig",
     "ConvertDescriptionsConfig",
@@ -98,10 +110,15 @@ __all__ = [
     "SimulatorConfig",
     "SourceConfig",
     "SplitConfig",
+    "StreamConfig",
     "TaskName",
+    "TrainCoderConfig",
     "TrainConfig",
+    "TrainSaeConfig",
     "TrainSimulatorConfig",
+    "TrainTranscoderConfig",
     "TrainerConfig",
+    "VectorKindsConfig",
     "differences",
     "resolved",
 ]

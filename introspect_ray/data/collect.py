@@ -126,7 +126,7 @@ def collect_exemplars(
         _scan(plan, scans, load, progress, joined_ray)
         failed = _check_failures(plan, scans)
         blocks = _merge(plan, progress, joined_ray)
-    metas = {coder.name: _finish(plan, number, scans, failed, blocks) for number, coder in enumerate(plan.coders)}
+    metas = {coder.name: finish_coder(plan, number, scans, failed, blocks) for number, coder in enumerate(plan.coders)}
     plan.work.clear()
     return CollectSummary(config.output, metas, was_complete=False)
 
@@ -230,7 +230,7 @@ def _merge(plan: Collecting, progress: Progress, join: Callable[[], None]) -> di
     return done
 
 
-def _finish(
+def finish_coder(
     plan: Collecting,
     number: int,
     scans: Mapping[int, ScanInfo],

@@ -20,7 +20,7 @@ from introspect_ray.data.collecting import BlockOrder, ScanOrder, limits_of
 from introspect_ray.data.scanning import scan_file
 from introspect_ray.data.storage import Folder
 from introspect_ray.errors import RunFailed
-from introspect_ray.features.collection import Pool, Rows, joined, kept_rows, pool_of
+from introspect_ray.features.collection import Pool, Rows, in_order, joined, kept_rows, pool_of
 from introspect_ray.features.exemplar_store import WINDOW_FIELDS, block_name, encoded, row_table
 from introspect_ray.features.picking import SilentFinder, pick_firing, pick_silent, random_windows
 
@@ -71,7 +71,7 @@ class CoderScans:
         return SilentFinder(self.pool, _tokens(self.pool_windows))
 
     def rows(self, low: int, high: int) -> Rows:
-        """The rows kept of latents `low` up to `high`."""
+        """The rows kept of latents `low` up to `high`, by latent, split and window."""
         kept: list[Rows] = []
         waiting = 0
         for shard in range(self.num_shards):
@@ -80,7 +80,7 @@ class CoderScans:
             waiting += len(part)
             if waiting > self.config.buffer_rows:
                 kept, waiting = [kept_rows(joined(kept), self.pool, self.limits)], 0
-        return kept_rows(joined(kept), self.pool, self.limits)
+        return in_order(kept_rows(joined(kept), self.pool, self.limits))
 
     def windows(self, wanted: np.ndarray) -> pa.Table:
         """Windows by id, in order of the ids; each is in one shard or more, with the same content."""

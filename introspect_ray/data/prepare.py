@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import typing
 from collections import Counter
 from collections.abc import Collection
@@ -28,6 +29,7 @@ from introspect_ray.features.card import coder_folder
 from introspect_ray.features.sae import check_sae
 from introspect_ray.tasks.base import Plan, Task, stable_id
 
+logger = logging.getLogger(__name__)
 _READERS = 4
 """Shards of earlier runs that are read at once."""
 
@@ -157,6 +159,8 @@ def _check_sae(config: GenerateConfig, target: TargetIdentity) -> None:
             f"SAE path '{path}' is of layer {card.layer}, but {target.path} has {target.num_layers} layers:"
             f" expected 0 to {target.num_layers - 1}"
         )
+    if note := card.other_model(target.path):
+        logger.warning("SAE path '%s': %s", path, note)
 
 
 def _check_layers(source: Source, target: TargetIdentity) -> None:
