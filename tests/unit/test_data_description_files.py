@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from introspect_ray.config import ConvertDescriptionsConfig, SourceConfig
-from introspect_ray.data.description_files import best, convert_descriptions, lexicon_descriptions, read_descriptions
+from introspect_ray.data.convert_descriptions import best, convert_descriptions
+from introspect_ray.data.description_files import lexicon_descriptions, read_descriptions
 from introspect_ray.data.sources import load_source
 from introspect_ray.errors import UserError
 from introspect_ray.features.delphi import explanation_file
