@@ -68,3 +68,6 @@ class SourceConfig(Config):
     """What one text of a txt file is; `auto`: paragraphs where blank lines part them, else lines."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """Use at most so many source rows, taken in file order."""
+    label_score: str | None = None
+    """Of a descriptions.jsonl: the score that chooses between the candidates of a latent and counts as its label's;
+    none takes the first candidate, without a score."""

@@ -51,7 +51,7 @@ class FeatureDescription:
         A latent is its own group; activations (rows that bring their vector) only train: scores are about latents."""
         plan = Plan(num_source_rows=len(rows))
         for row in rows:
-            if row["score"] < config.feature_description.minimum_score:
+            if row["score"] is not None and row["score"] < config.feature_description.minimum_score:
                 plan.rejected.append((row["row"], "label_score_too_low"))
                 continue
             kind = "latent" if row["vector"] is None else "activation"
@@ -115,5 +115,5 @@ class FeatureDescription:
         pieces = [("latent ", False), (str(record["latent"]), True), (f" at layer {record['layer']}", False)]
         return pieces, {
             "also right": "; ".join(record["accepted"]) or "nothing else",
-            "score of the label": f"{record['label_score']:.2f}",
+            "score of the label": "none" if record["label_score"] is None else f"{record['label_score']:.2f}",
         }

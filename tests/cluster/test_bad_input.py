@@ -114,6 +114,8 @@ def cases(folder):
     nan_row = put_nan(nan, "test")
     explainer = write_explainer(folder / "explainer", target)
 
+    absent = str(folder / "nowhere")
+
     def generate(*arguments):
         usual = ("--target.path", target, "--source.path", facts, "--output", str(folder / "new"))
         return "generate_dataset", [*usual, *arguments]
@@ -125,8 +127,14 @@ def cases(folder):
         runs = json.dumps([{"dataset": str(dataset), "explainer": explainer}])
         return "evaluate_explainer", ["--runs", runs, "--output", str(folder / "scores")]
 
+    def describe(*arguments):
+        usual = ("--method", "chat", "--exemplars", absent, "--output", str(folder / "new"))
+        return "describe_latents", [*usual, "--chat.local.model.path", target, *arguments]
+
+    description = {"layer": 1, "latent": 0, "text": "d", "source": "lexicon", "scores": {}}
+    lacking_source = {key: value for key, value in description.items() if key != "source"}
+    descriptions = write_rows(folder / "descriptions.jsonl", [description, lacking_source])
     features = ("--task", "feature_description", "--feature_description.sae", write_sae(folder / "sae"))
-    absent = str(folder / "nowhere")
     return {
         "unknown task": (
             *generate("--task", "patching"),
@@ -196,6 +204,30 @@ def cases(folder):
             ["--explainer", whole, "--output", str(folder / "new")],
             (f"{whole} is not a finished explainer: it has no explainer.json",),
         ),
+        "descriptions without a field": (
+            "convert_descriptions",
+            ["--source", descriptions, "--source_format", "descriptions", "--output", str(folder / "new")],
+            (f"{descriptions}, line 2: field 'source' is missing, expected text",),
+        ),
+        "key of an endpoint": (
+            *describe("--chat.kind", "endpoint", "--chat.endpoint.api_key_variable", "NO_SUCH_KEY"),
+            ("chat.endpoint.api_key_variable is NO_SUCH_KEY", "no such variable"),
+        ),
+        "cost cap without a price": (
+            *describe("--chat.endpoint.max_cost", "5"),
+            ("max_cost needs input_price and output_price",),
+        ),
+        "exemplars that are not there": (*describe(), (f"{absent} has no exemplars.json",)),
+        "simulator without exemplars": (
+            "train_simulator",
+            ["--model.path", target, "--exemplars", absent, "--output", str(folder / "new")],
+            (f"{absent} has no exemplars.json", "collect_exemplars.py writes it last"),
+        ),
+        "scores by no simulator": (
+            "score_descriptions",
+            ["--simulator.model.path", whole, "--simulator.kind", "finetuned", "--output", str(folder / "new")],
+            (f"{whole} is not a finished simulator: it has no simulator.json",),
+        ),
         "empty source": (
             *generate("--source.path", str(folder / "empty.jsonl")),
             (f"source {folder / 'empty.jsonl'} is empty, expected at least one row",),
@@ -213,7 +245,9 @@ NAMES = (
     *("truncated shard of an evaluation", "width without projection", "NaN in a vector"),
     *("NaN in a vector to train on", "empty source", "source row without a field"),
     *("evaluation without validation records", "metric of no dataset", "explainers without names"),
-    "export of no explainer",
+    *("export of no explainer", "simulator without exemplars", "scores by no simulator"),
+    *("descriptions without a field", "key of an endpoint", "cost cap without a price"),
+    "exemplars that are not there",
 )
 AS_A_USER = ("unknown task", "truncated shard")
 

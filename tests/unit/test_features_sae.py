@@ -159,7 +159,10 @@ def test_layer_is_the_one_whose_output_is_read(tmp_path: Path, hook: str, layer:
 @pytest.mark.parametrize(
     ("config", "line"),
     [
-        ({"architecture": "gated"}, "architecture 'gated' is not supported: expected one of standard"),
+        ({"architecture": "temporal"}, "architecture 'temporal' is not supported: expected one of standard"),
+        ({"architecture": "gated"}, "has no tensor b_gate, which architecture 'gated' needs"),
+        ({"metadata": 3}, "metadata is 3: expected an object"),
+        ({"reshape_activations": "hook_z"}, "reshape_activations 'hook_z' is not supported"),
         ({"d_sae": "5"}, "d_sae is '5': expected a positive integer"),
         ({"d_sae": 6}, "tensor W_enc has shape (3, 5), but cfg.json says (3, 6)"),
         ({"architecture": "jumprelu"}, "has no tensor threshold, which architecture 'jumprelu' needs"),
@@ -168,8 +171,8 @@ def test_layer_is_the_one_whose_output_is_read(tmp_path: Path, hook: str, layer:
             {"normalize_activations": "expected_average_only_in"},
             "normalize_activations 'expected_average_only_in' is not",
         ),
-        ({"metadata": {}}, "metadata.hook_name '' names no layer that is read"),
-        ({"metadata": {"hook_name": "blocks.1.hook_mlp_out"}}, "'blocks.1.hook_mlp_out' names no layer that is read"),
+        ({"metadata": {}}, "metadata.hook_name '' names no place that is read"),
+        ({"metadata": {"hook_name": "blocks.1.attn.hook_z"}}, "'blocks.1.attn.hook_z' names no place that is read"),
         ({"metadata": {"hook_name": "blocks.0.hook_resid_pre"}}, "'blocks.0.hook_resid_pre' reads the embeddings"),
     ],
 )

@@ -1,0 +1,145 @@
+"""Training SAEs and transcoders on Ray.
+
+    driver   prepare (no Ray, no model) -> claim folder -> CoderTrainer -> summary
+    trainer  reads the stream (data/activations.py, whose actors hold the target), trains, tells the driver
+
+A trainer that dies is started again, and goes on from the newest checkpoint; after a lost driver the same command does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+
+from introspect_ray.config import ActorConfig, TrainCoderConfig
+from introspect_ray.data.activations import ActivationStream, StreamPlan
+from introspect_ray.data.cluster import connect, is_elsewhere, is_verbose, quiet_stderr
+from introspect_ray.data.pool import check_resources, translated
+from introspect_ray.errors import RunFailed, UserError
+from introspect_ray.training.coder_loop import export, train
+from introspect_ray.training.coder_run import CoderRun, begin, prepare
+from introspect_ray.training.metrics import Metrics, read_metrics
+
+Progress = Callable[[int, int, str], None]
+"""Called with steps done, steps in all, and how it goes."""
+
+
+@dataclass(frozen=True)
+class CoderSummary:
+    """What a run left in its output folder."""
+
+    output: str
+    report: dict[str, Any]
+    was_complete: bool
+
+    @property
+    def line(self) -> str:
+        """One line for people."""
+        start = f"{self.output} was already complete" if self.was_complete else f"wrote {self.output}"
+        found = self.report["held_out"]
+        skip = f" ({found['unexplained_without_latents']:.4f} without latents)" if self.report["kind"] != "sae" else ""
+        lost = f"; {self.report['lost_tokens']} tokens were not finite" if self.report["lost_tokens"] else ""
+        return (
+            f"{start}: {self.report['kind']} of layer {self.report['layer']} after {self.report['steps']} steps; on"
+            f" {found['tokens']} held-out tokens {found['unexplained']:.4f} of the variance unexplained{skip},"
+            f" {found['active_per_token']:.1f} latents active, {found['dead_share']:.1%} of the latents dead{lost}"
+        )
+
+
+class CoderTrainer:
+    """Trains one coder: a thin shell around training/coder_loop.py."""
+
+    def run(self, run: CoderRun, texts: list[str], held_out: list[str]) -> Iterator[Metrics | dict[str, Any]]:
+        """Lines of metrics as they come, and at the end `{"report": ...}`."""
+        config = run.config
+        common = (config.target, config.layer, run.places, config.stream)
+        stream = ActivationStream(StreamPlan(*common, len(texts), config.seed), texts, config.actors)
+        for line in train(run, stream.parts):
+            seen = line["tokens"]
+            if stream.lost > config.max_lost_share * (seen + stream.lost):
+                raise RunFailed(
+                    f"activations of {stream.lost} of {seen + stream.lost} tokens are not finite in"
+                    f" {config.stream.dtype}, more than max_lost_share {config.max_lost_share:g} allows"
+                )
+            yield line
+        measured = ActivationStream(StreamPlan(*common, len(held_out), None), held_out, config.actors)
+        yield {"report": export(run, measured.parts(), lambda: stream.lost + measured.lost)}
+
+
+def train_coder(config: TrainCoderConfig, progress: Progress) -> CoderSummary:
+    """Train the coder that `config` describes, or what is left of it; the same call after any interruption goes on.
+
+    Raises:
+        UserError: bad input, before any model loads.
+        RunFailed: activations or processes failed too often.
+    """
+    run, texts, held_out = prepare(config)
+    if (report := run.report()) is not None:
+        return CoderSummary(config.output, report, was_complete=True)
+    begin(run)
+    with connect():
+        _check_resources(config)
+        report = _trained(run, texts, held_out, progress)
+    return CoderSummary(config.output, report, was_complete=False)
+
+
+def _check_resources(config: TrainCoderConfig) -> None:
+    """Refuse what this machine can never place: the trainer and one actor beside it."""
+    check_resources(config.actors)
+    if is_elsewhere():
+        return
+    both = ActorConfig(
+        num_cpus=config.actors.num_cpus + config.trainer.num_cpus,
+        num_gpus=config.actors.num_gpus + config.trainer.num_gpus,
+    )
+    there = ray.cluster_resources()
+    for key, wanted, resource in (("num_cpus", both.num_cpus, "CPU"), ("num_gpus", both.num_gpus, "GPU")):
+        if wanted > there.get(resource, 0):
+            raise UserError(
+                f"trainer.{key} and actors.{key} need {wanted:g} {resource}s together, but this machine has"
+                f" {there.get(resource, 0):g}"
+            )
+
+
+def _trained(run: CoderRun, texts: list[str], held_out: list[str], progress: Progress) -> dict[str, Any]:
+    """Attempts until one ends, or until `max_failures` of them left no newer line of metrics."""
+    trainer = run.config.trainer
+    failures, newest = 0, _steps_logged(run)
+    while True:
+        trainer_class: Any = ray.remote(num_cpus=trainer.num_cpus, num_gpus=trainer.num_gpus)(CoderTrainer)
+        actor = trainer_class.remote()
+        try:
+            return _watched(run, actor.run.options(num_returns="streaming").remote(run, texts, held_out), progress)
+        except RayActorError as error:
+            now = _steps_logged(run)
+            failures, newest = (1, now) if now > newest else (failures + 1, newest)
+            if failures > trainer.max_failures:
+                raise RunFailed(
+                    f"the trainer's process died {failures} times at step {now}; it may need more memory than there"
+                    " is; the same command goes on"
+                ) from (error if is_verbose() else None)
+        except (UserError, RunFailed):
+            raise
+        except Exception as error:
+            raise translated(error, "") from (error if is_verbose() else None)
+        finally:
+            ray.kill(actor)
+
+
+def _watched(run: CoderRun, lines: Any, progress: Progress) -> dict[str, Any]:
+    while True:
+        with quiet_stderr():
+            line = ray.get(next(lines))
+        if "report" in line:
+            return line["report"]
+        note = f"loss {line['loss']:.3f}, {line['unexplained']:.3f} unexplained, {line['dead']} dead"
+        progress(line["step"], run.config.steps, note)
+
+
+def _steps_logged(run: CoderRun) -> int:
+    lines = read_metrics(run.folder)
+    return lines[-1]["step"] if lines else 0
