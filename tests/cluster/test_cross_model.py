@@ -16,8 +16,10 @@ from introspect_ray.data.cluster import connect
 from introspect_ray.data.generate import generate_dataset
 from introspect_ray.explainer.card import read_card
 from introspect_ray.training.evaluate import evaluate_explainer
+from introspect_ray.training.loop import fit
 from introspect_ray.training.projection import fit_projection
-from introspect_ray.training.train import train_explainer
+from introspect_ray.training.run import prepare
+from introspect_ray.training.workers import Workers
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -30,8 +32,8 @@ def test_scores_and_report_show_self_random_and_fitted(tmp_path, monkeypatch):
         "B random": {"model": {"path": "pocket:target_b"}},
         "B fitted": {"model": {"path": "pocket:target_b"}, "fitted_projection": fitted},
     }
-    fit = FitProjectionConfig(output=fitted, explainer={"path": "pocket:target_b"}, source=SourceConfig(limit=40))
-    fit_projection(fit, lambda *_: None)
+    maps = FitProjectionConfig(output=fitted, explainer={"path": "pocket:target_b"}, source=SourceConfig(limit=40))
+    fit_projection(maps, lambda *_: None)
     with connect(), chat_server(lambda *_: said("4")) as (url, asked):
         generate_dataset(GenerateConfig(task="feature_description", output=dataset), lambda _: None)
         for name, start in starts.items():
@@ -41,7 +43,9 @@ def test_scores_and_report_show_self_random_and_fitted(tmp_path, monkeypatch):
                 "explainer": {**start, "max_new_tokens": 8},
                 "optimization": {"steps": 3, "batch_size": 8},
             }
-            train_explainer(TrainConfig.model_validate(tree), lambda *_: None)
+            training = prepare(TrainConfig.model_validate(tree))
+            training.record({})
+            fit(training, Workers(0, 1))  # what one worker of Ray Train does, whose processes other tests start
         judge = {"kind": "endpoint", "endpoint": {"url": url}}
         evaluation = EvaluateConfig.model_validate(
             {
