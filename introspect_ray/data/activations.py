@@ -136,8 +136,6 @@ class ActivationStream:
         self.plan = plan
         self.actors = actors
         self.notes = notes
-        self.lost = 0
-        """Tokens so far whose activations were not finite."""
         self._texts = ray.put(pa.array(texts, pa.large_string()))
 
     def parts(self, block: int = 0, first: int = 0) -> Iterator[Part]:
@@ -148,7 +146,9 @@ class ActivationStream:
             with closing(self._pipeline_parts(block, stop)) as parts:
                 for part in parts:
                     skipped = max(0, first - part.first) if part.block == block else 0
-                    if skipped < len(part):
+                    if not skipped:
+                        yield part
+                    elif skipped < len(part):
                         yield Part(part.block, part.first + skipped, tuple(values[skipped:] for values in part.columns))
             block, first = stop, 0
 
@@ -158,12 +158,12 @@ class ActivationStream:
             with _every_block_in_order(self._ahead_bytes):
                 pipeline = self._pipeline(start, stop)
             for batch in pipeline.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
-                self.lost += int(batch["lost"].sum())
                 edges = np.flatnonzero(np.diff(batch["block"])) + 1
                 for begin, end in zip([0, *edges], [*edges, len(batch["block"])], strict=True):
                     if end > begin:
                         columns = tuple(_to_torch(batch[place][begin:end], dtype) for place in self.plan.places)
-                        yield Part(int(batch["block"][begin]), int(batch["row"][begin]), columns)
+                        lost = int(batch["lost"][begin:end].sum())
+                        yield Part(int(batch["block"][begin]), int(batch["row"][begin]), columns, lost)
 
     def _pipeline(self, start: int, stop: int) -> ray.data.Dataset:
         actors = self.actors

@@ -57,7 +57,7 @@ def without_ray(config):
     ]
     for _ in train(run, lambda block, first: blocks(target, plans[0], prepared.texts, block, first)):
         pass
-    return export(run, blocks(target, plans[1], prepared.held_out), lambda: 0)
+    return export(run, blocks(target, plans[1], prepared.held_out))
 
 
 def test_sae_whose_trainer_died_is_the_one_made_without_ray(tmp_path, monkeypatch):
