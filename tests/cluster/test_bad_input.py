@@ -239,6 +239,17 @@ def cases(folder):
             ("max_cost needs input_price and output_price",),
         ),
         "exemplars that are not there": (*describe(), (f"{absent} has no exemplars.json",)),
+        "width of a coder to collect with": (
+            "collect_exemplars",
+            [*of_target, "--source.path", texts],
+            (f"has feature vectors of width 160: the target has width {WIDTH}",),
+        ),
+        "shards of broken batches": (
+            "collect_exemplars",
+            [*of_target, "--texts_per_shard", "100"],
+            ("texts_per_shard must be a multiple of texts_per_batch, 64", "found 100"),
+        ),
+        "page of no exemplars": ("browse_latents", [absent], (f"{absent} has no exemplars.json",)),
         "empty source": (
             *generate("--source.path", str(folder / "empty.jsonl")),
             (f"source {folder / 'empty.jsonl'} is empty, expected at least one row",),
@@ -257,6 +268,7 @@ NAMES = (
     *("NaN in a vector to train on", "empty source", "source row without a field"),
     *("evaluation without validation records", "metric of no dataset", "explainers without names"),
     *("export of no explainer", "coder without an id", "layer of a coder", "more latents than tokens"),
+    *("width of a coder to collect with", "shards of broken batches", "page of no exemplars"),
     "vectors of no text",
     *("export of no explainer", "descriptions without a field", "key of an endpoint", "cost cap without a price"),
     "exemplars that are not there",

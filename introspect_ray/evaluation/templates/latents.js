@@ -45,6 +45,7 @@ function filter() {
   if (key !== "latent") found.sort((a, b) => (b[key] ?? -Infinity) - (a[key] ?? -Infinity) || a.latent - b.latent);
   page = 0;
   show();
+  list.scrollTop = 0;
 }
 function show() {
   const pages = Math.max(1, Math.ceil(found.length / perPage));
@@ -54,19 +55,22 @@ function show() {
     const value = order.value === "score" ? one.score : order.value === "maximum" ? one.maximum : one.density;
     button.append(element("small", value === null ? "–" : short(value)));
     button.title = one.text;
+    button.dataset.latent = one.latent;
     button.setAttribute("aria-current", String(one.latent === current));
-    button.addEventListener("click", () => { location.hash = one.latent; });
+    button.addEventListener("click", () => {
+      location.hash = one.latent;
+      if (matchMedia("(max-width: 860px)").matches) place.scrollIntoView();
+    });
     const item = element("li");
     item.append(button);
     return item;
   });
   list.replaceChildren(...rows);
-  list.scrollTop = 0;
   count.textContent = found.length ? `${page + 1} of ${pages}, ${found.length.toLocaleString("en")} latents` : "none";
   back.disabled = page <= 0;
   next.disabled = page >= pages - 1;
 }
-function step(by) { page += by; show(); }
+function step(by) { page += by; show(); list.scrollTop = 0; }
 
 function line(window, exemplar, maximum) {
   const row = element("div", undefined, "window");
@@ -115,7 +119,9 @@ function open() {
   const one = latents.find((candidate) => String(candidate.latent) === location.hash.slice(1));
   if (!one) return;
   current = one.latent;
-  show();
+  for (const button of list.querySelectorAll("button")) {
+    button.setAttribute("aria-current", String(Number(button.dataset.latent) === current));
+  }
   const file = Math.floor(one.latent / perFile);
   const ready = () => { if (current === one.latent && details.has(file)) draw(one); };
   if (details.has(file)) ready();
