@@ -60,13 +60,14 @@ def without_ray(config):
     return export(run, blocks(target, plans[1], prepared.held_out))
 
 
-def test_sae_whose_trainer_died_is_the_one_made_without_ray(tmp_path, monkeypatch):
+def test_coder_whose_trainer_died_is_the_one_made_without_ray(tmp_path, monkeypatch):
+    """A transcoder, because importing sae_lens takes long; SAEs go on alike, see test_sae_lens_parity.py."""
     monkeypatch.setattr(coders, "CoderTrainer", DyingTrainer)
-    config = TrainSaeConfig(output=str(tmp_path / "one"), **SMALL)
+    config = TrainTranscoderConfig(output=str(tmp_path / "one"), **SMALL)
     steps = []
     summary = train_coder(config, lambda done, *_: steps.append(done))
     assert (tmp_path / "died").exists() and steps[-1] == 60 and sorted(set(steps)) == [10, 20, 30, 40, 50, 60]
-    assert "sae of layer 1 after 60 steps; on 1" in summary.line and not summary.was_complete
+    assert "transcoder of layer 1 after 60 steps; on 1" in summary.line and not summary.was_complete
     assert 0 < summary.report["held_out"]["unexplained"] < 0.8 and summary.report["lost_tokens"] == 0
 
     report = without_ray(config.model_copy(update={"output": str(tmp_path / "two")}))
@@ -78,7 +79,7 @@ def test_sae_whose_trainer_died_is_the_one_made_without_ray(tmp_path, monkeypatc
     assert not list((tmp_path / "one" / "work").iterdir())
 
     monkeypatch.setattr(coders, "connect", None)
-    assert train_coder(config, lambda *_: None).line.startswith(f"{tmp_path / 'one'} was already complete: sae")
+    assert train_coder(config, lambda *_: None).line.startswith(f"{tmp_path / 'one'} was already complete: transcoder")
 
 
 def test_stream_begins_at_any_place_and_keeps_its_order_with_several_actors(tmp_path):
