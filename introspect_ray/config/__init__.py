@@ -21,6 +21,7 @@ from introspect_ray.config.descriptions import (
 from introspect_ray.config.evaluation import EvaluateConfig, EvaluationRun, Method
 from introspect_ray.config.explainers import ExplainerConfig, ExportConfig, FitProjectionConfig, LoraConfig
 from introspect_ray.config.features import (
+    BrowseConfig,
     CoderTrainerConfig,
     CollectConfig,
     CollectVectorsConfig,
@@ -67,6 +68,7 @@ __all__ = [
     "POCKET_QUESTIONS",
     "ActivationPatchingConfig",
     "ActorConfig",
+    "BrowseConfig",
     "BuildPocketConfig",
     "ChatConfig",
     "CoderTrainerConfig",

@@ -79,6 +79,24 @@ class CollectConfig(Config):
         return self
 
 
+class BrowseConfig(Config):
+    """jobs/browse_latents.py: a page from which the latents of one coder are looked at, from disk."""
+
+    exemplars: str = "runs/exemplars"
+    """Folder of one coder's exemplars (any fsspec URL); may stand alone, without `--exemplars`."""
+    descriptions: tuple[str, ...] = ()
+    """Files descriptions.jsonl, or folders that hold one."""
+    output: str | None = None
+    """Folder (any fsspec URL) for the page and its data; none: `page` in the folder of the exemplars."""
+    top: Annotated[int, Field(ge=0)] = 10
+    """Exemplars shown of a latent, of each kind at most; of `quantile` so many per range."""
+    quantile: Annotated[int, Field(ge=0)] = 2
+    random: Annotated[int, Field(ge=0)] = 5
+    silent: Annotated[int, Field(ge=0)] = 3
+    latents_per_file: Annotated[int, Field(ge=1)] = 64
+    """Latents whose exemplars the page loads together."""
+
+
 # --- training of coders, and out-of-distribution vectors ----------------------------------------------------------
 
 
@@ -92,7 +110,7 @@ class StreamConfig(Config):
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of activations on their way to the trainer and in its buffer."""
     buffer_batches: Annotated[int, Field(ge=1)] = 32
-    """Batches that are shuffled together: the trainer holds this many, and Ray's object store what comes next."""
+    """Batches that are shuffled together: the trainer holds so many, and Ray's object store twice as many, or 1 GB."""
 
 
 class CoderTrainerConfig(Config):

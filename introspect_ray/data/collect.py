@@ -23,6 +23,7 @@ from introspect_ray.config import CollectConfig, resolved
 from introspect_ray.data.attempts import counted_loading
 from introspect_ray.data.cluster import connect
 from introspect_ray.data.collecting import (
+    WORK_NAME,
     BlockOrder,
     Collecting,
     ScanOrder,
@@ -118,6 +119,7 @@ def collect_exemplars(
     plan = plan_collection(config)
     there = _finished(plan)
     if there is not None:
+        plan.claim.folder.remove_folder(WORK_NAME)
         return CollectSummary(config.output, there, was_complete=True)
     plan.claim.write()
     scans = {order.index: info for order in plan.scans if (info := finished_info(plan.work, order)) is not None}
@@ -127,7 +129,7 @@ def collect_exemplars(
         failed = _check_failures(plan, scans)
         blocks = _merge(plan, progress, joined_ray)
     metas = {coder.name: finish_coder(plan, number, scans, failed, blocks) for number, coder in enumerate(plan.coders)}
-    plan.work.clear()
+    plan.claim.folder.remove_folder(WORK_NAME)
     return CollectSummary(config.output, metas, was_complete=False)
 
 

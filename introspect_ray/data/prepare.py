@@ -103,8 +103,10 @@ def prepare(config: GenerateConfig, task: Task) -> Prepared:
     """Check a run from end to end and plan it. Raises UserError; reads no weights and writes nothing."""
     target = identify_target(config.target)
     _check_blocks(config, target)
-    _check_sae(config, target)
     source = load_source(config.source, task.name, task.source_formats)
+    needs_sae = config.task == "feature_description" and any(row.get("vector") is None for row in source.rows)
+    if needs_sae:
+        _check_sae(config, target)
     _check_layers(source, target)
     plan = task.plan(source.rows, config, splitter(config.split))
     rejected = _account(source, plan, task)
@@ -112,7 +114,7 @@ def prepare(config: GenerateConfig, task: Task) -> Prepared:
         f"target {target.path}": stable_id(target.model_dump()),
         f"source {source.name}": plan_digest(plan),
     }
-    if config.task == "feature_description":
+    if needs_sae:
         inputs[f"SAE {config.feature_description.sae}"] = folder_digest(coder_folder(config.feature_description.sae))
     prepared = Prepared(config, task, Folder(config.output), target, source, plan, rejected, inputs)
     prepared.claim.check()
@@ -150,8 +152,6 @@ def _check_blocks(config: GenerateConfig, target: TargetIdentity) -> None:
 
 
 def _check_sae(config: GenerateConfig, target: TargetIdentity) -> None:
-    if config.task != "feature_description":
-        return
     path = config.feature_description.sae
     card = check_sae(path, target.width)
     if card.layer >= target.num_layers:

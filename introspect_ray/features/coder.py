@@ -140,7 +140,8 @@ class SparseCoder:
     def _before(self, x: Tensor) -> Tensor:
         """What the activation is applied to, where no gate is asked."""
         # One pass over all latents less than a product and a sum.
-        before = torch.addmm(self.encoder_bias, x.flatten(0, -2), self.encoder).unflatten(0, x.shape[:-1])
+        rows = torch.addmm(self.encoder_bias, x.reshape(-1, x.shape[-1]), self.encoder)
+        before = rows.view(*x.shape[:-1], self.num_latents)
         return before * self.decoder.norm(dim=-1) if self.rescale else before
 
     def _normalized(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:

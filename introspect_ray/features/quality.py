@@ -59,5 +59,5 @@ class QualitySums:
             unexplained=self._errors[True] / variance,
             unexplained_without_latents=self._errors[False] / variance,
             active_per_token=self._active / self.tokens,
-            dead_share=1 - self._fired.float().mean().item(),
+            dead_share=int((~self._fired).sum()) / len(self._fired),
         )

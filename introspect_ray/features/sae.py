@@ -27,9 +27,11 @@ def check_sae(path: str, width: int) -> CoderCard:
     """The card of the coder at `path`, read without its weights.
 
     Raises `UserError` if it cannot be read, if a tensor is missing or has a shape that its config contradicts, or if
-    its feature vectors do not have `width` entries.
+    what it reads or its feature vectors do not have `width` entries.
     """
     card = read_card(path)
+    if card.width_in != width and card.width_out == width:
+        raise UserError(f"SAE path '{path}' reads vectors of width {card.width_in}: the target has width {width}")
     if card.width_out != width:
         raise UserError(
             f"SAE path '{path}' has feature vectors of width {card.width_out}: the target has width {width}"

@@ -1,6 +1,6 @@
 """A coder's training run before anything starts: checks, identity, and what is there of it. No Ray here.
 
-Output folder:  run.json (first)  metrics.jsonl  checkpoint.safetensors (while it trains)
+Output folder:  config.json (first)  metrics.jsonl  checkpoint.safetensors  work/ (while it trains)
                 cfg.json  sae_weights.safetensors  training.json (last)
 """
 
@@ -11,23 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from introspect_ray.config import (
-    ActorConfig,
-    CoderTrainerConfig,
-    TrainCoderConfig,
-    TrainSaeConfig,
-    differences,
-    resolved,
-)
+from introspect_ray.config import ActorConfig, CoderTrainerConfig, TrainCoderConfig, TrainSaeConfig, resolved
+from introspect_ray.data.claim import Claim
 from introspect_ray.data.identity import identify_target
 from introspect_ray.data.sources import load_source
-from introspect_ray.data.storage import TEMPORARY, Folder
+from introspect_ray.data.storage import Folder
 from introspect_ray.errors import UserError
 from introspect_ray.features.batch_topk import BatchTopKConfig
 from introspect_ray.features.places import Place
 from introspect_ray.tasks.base import stable_id
 
-RUN_FILE = "run.json"
 REPORT_FILE = "training.json"
 CHECKPOINT_FILE = "checkpoint.safetensors"
 
@@ -43,8 +36,20 @@ class CoderRun:
     """Of the target."""
 
     @property
+    def window_bytes(self) -> int:
+        """Memory of the rows that are shuffled together."""
+        config = self.config
+        entries = config.stream.buffer_batches * config.batch_size * self.width * len(self.places)
+        return entries * (4 if config.stream.dtype == "float32" else 2)
+
+    @property
     def folder(self) -> Folder:
         return Folder(self.config.output)
+
+    @property
+    def work(self) -> Folder:
+        """Notes of actors, there only while the run goes on."""
+        return Folder(f"{self.config.output.rstrip('/')}/work")
 
     @property
     def kind(self) -> str:
@@ -76,8 +81,18 @@ class CoderRun:
             return None
 
 
-def prepare(config: TrainCoderConfig) -> tuple[CoderRun, list[str], list[str]]:
-    """Check a run from end to end; with it, texts to train on and to measure on. Raises UserError, writes nothing."""
+@dataclass(frozen=True)
+class Prepared:
+    """A run, its claim to the output folder, and the texts to train on and to measure on."""
+
+    run: CoderRun
+    claim: Claim[TrainCoderConfig]
+    texts: list[str]
+    held_out: list[str]
+
+
+def prepare(config: TrainCoderConfig) -> Prepared:
+    """Check a run from end to end. Raises UserError; reads no weights and writes nothing."""
     config = _absolute(config)
     target = identify_target(config.target)
     if config.layer >= target.num_layers:
@@ -88,17 +103,16 @@ def prepare(config: TrainCoderConfig) -> tuple[CoderRun, list[str], list[str]]:
     texts = [row["text"] for row in load_source(config.source, "text", ("text",)).rows]
     if len(texts) < 2:
         raise UserError(f"source {config.source.path} gives {len(texts)} text, expected 2 or more: one is held out")
-    key = stable_id(type(config).__name__, _relevant(config), texts, target.model_dump())
+    inputs = {
+        f"target {target.path}": stable_id(target.model_dump()),
+        f"source {config.source.path}": stable_id(texts),
+    }
+    key = stable_id(type(config).__name__, _relevant(config), list(inputs.values()))
     run = CoderRun(config, key, target.width)
-    _check_output(run)
-    held_out = texts[:: config.hold_out_every]
-    return run, [text for number, text in enumerate(texts) if number % config.hold_out_every], held_out
-
-
-def begin(run: CoderRun) -> None:
-    """Claim the output folder."""
-    content = {"run_key": run.run_key, "kind": run.kind, "config": resolved(run.config)}
-    run.folder.write(RUN_FILE, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    claim = Claim(run.folder, "training of this kind of coder", config, run.run_key, inputs, _relevant)
+    claim.check()
+    fitted = [text for number, text in enumerate(texts) if number % config.hold_out_every]
+    return Prepared(run, claim, fitted, texts[:: config.hold_out_every])
 
 
 def _absolute(config: TrainCoderConfig) -> TrainCoderConfig:
@@ -116,23 +130,3 @@ def _relevant(config: TrainCoderConfig) -> dict[str, Any]:
     reset: dict[str, Any] = {"output": "", "actors": ActorConfig(), "trainer": CoderTrainerConfig(), "target": model}
     tree = resolved(config.model_copy(update=reset))
     return {name: value for name, value in tree.items() if name != "source"}
-
-
-def _check_output(run: CoderRun) -> None:
-    """Refuse an output folder that holds something else than this very run, begun or finished."""
-    folder, url = run.folder, run.folder.url
-    names = [name for name in folder.names() if not name.startswith(TEMPORARY)]
-    if not names:
-        return
-    if RUN_FILE not in names:
-        raise UserError(
-            f"output folder {url} is not empty and holds no such training ({names[0]}, ...): choose another"
-        )
-    try:
-        found = json.loads(folder.read(RUN_FILE))
-        key, other = found["run_key"], _relevant(type(run.config).model_validate(found["config"]))
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"output folder {url}: its {RUN_FILE} is of another job or version: choose another") from None
-    if key != run.run_key:
-        what = "; ".join(differences(other, _relevant(run.config))) or "its texts or its target have changed since"
-        raise UserError(f"output folder {url} belongs to another config ({what}): choose another folder or delete it")

@@ -8,6 +8,7 @@ A trainer that dies is started again, and goes on from the newest checkpoint; af
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +22,10 @@ from introspect_ray.data.cluster import connect, is_elsewhere, is_verbose, quiet
 from introspect_ray.data.pool import check_resources, translated
 from introspect_ray.errors import RunFailed, UserError
 from introspect_ray.training.coder_loop import export, train
-from introspect_ray.training.coder_run import CoderRun, begin, prepare
+from introspect_ray.training.coder_run import CoderRun, Prepared, prepare
 from introspect_ray.training.metrics import Metrics, read_metrics
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, str], None]
 """Called with steps done, steps in all, and how it goes."""
@@ -54,20 +57,22 @@ class CoderTrainer:
     """Trains one coder: a thin shell around training/coder_loop.py."""
 
     def run(self, run: CoderRun, texts: list[str], held_out: list[str]) -> Iterator[Metrics | dict[str, Any]]:
-        """Lines of metrics as they come, and at the end `{"report": ...}`."""
+        """Lines of metrics as they come, and at the end `{"report": ...}`. Raises UserError or RunFailed alone."""
+        try:
+            yield from self._run(run, texts, held_out)
+        except Exception as error:
+            logger.exception("the training of %s ends", run.config.output)
+            raise translated(error, "") from None
+
+    def _run(self, run: CoderRun, texts: list[str], held_out: list[str]) -> Iterator[Metrics | dict[str, Any]]:
         config = run.config
         common = (config.target, config.layer, run.places, config.stream)
-        stream = ActivationStream(StreamPlan(*common, len(texts), config.seed), texts, config.actors)
-        for line in train(run, stream.parts):
-            seen = line["tokens"]
-            if stream.lost > config.max_lost_share * (seen + stream.lost):
-                raise RunFailed(
-                    f"activations of {stream.lost} of {seen + stream.lost} tokens are not finite in"
-                    f" {config.stream.dtype}, more than max_lost_share {config.max_lost_share:g} allows"
-                )
-            yield line
-        measured = ActivationStream(StreamPlan(*common, len(held_out), None), held_out, config.actors)
-        yield {"report": export(run, measured.parts(), lambda: stream.lost + measured.lost)}
+        wanted, ahead = config.steps * config.batch_size, 2 * run.window_bytes
+        plan = StreamPlan(*common, len(texts), config.seed)
+        stream = ActivationStream(plan, texts, config.actors, run.work, wanted, ahead)
+        yield from train(run, stream.parts)
+        measured = ActivationStream(StreamPlan(*common, len(held_out), None), held_out, config.actors, run.work)
+        yield {"report": export(run, measured.parts())}
 
 
 def train_coder(config: TrainCoderConfig, progress: Progress) -> CoderSummary:
@@ -77,13 +82,14 @@ def train_coder(config: TrainCoderConfig, progress: Progress) -> CoderSummary:
         UserError: bad input, before any model loads.
         RunFailed: activations or processes failed too often.
     """
-    run, texts, held_out = prepare(config)
-    if (report := run.report()) is not None:
+    prepared = prepare(config)
+    if (report := prepared.run.report()) is not None:
         return CoderSummary(config.output, report, was_complete=True)
-    begin(run)
+    prepared.claim.write()
     with connect():
         _check_resources(config)
-        report = _trained(run, texts, held_out, progress)
+        report = _trained(prepared, progress)
+    prepared.run.work.clear()
     return CoderSummary(config.output, report, was_complete=False)
 
 
@@ -105,15 +111,16 @@ def _check_resources(config: TrainCoderConfig) -> None:
             )
 
 
-def _trained(run: CoderRun, texts: list[str], held_out: list[str], progress: Progress) -> dict[str, Any]:
+def _trained(prepared: Prepared, progress: Progress) -> dict[str, Any]:
     """Attempts until one ends, or until `max_failures` of them left no newer line of metrics."""
-    trainer = run.config.trainer
+    run, trainer = prepared.run, prepared.run.config.trainer
+    arguments = (run, prepared.texts, prepared.held_out)
     failures, newest = 0, _steps_logged(run)
     while True:
         trainer_class: Any = ray.remote(num_cpus=trainer.num_cpus, num_gpus=trainer.num_gpus)(CoderTrainer)
         actor = trainer_class.remote()
         try:
-            return _watched(run, actor.run.options(num_returns="streaming").remote(run, texts, held_out), progress)
+            return _watched(run, actor.run.options(num_returns="streaming").remote(*arguments), progress)
         except RayActorError as error:
             now = _steps_logged(run)
             failures, newest = (1, now) if now > newest else (failures + 1, newest)
@@ -122,8 +129,6 @@ def _trained(run: CoderRun, texts: list[str], held_out: list[str], progress: Pro
                     f"the trainer's process died {failures} times at step {now}; it may need more memory than there"
                     " is; the same command goes on"
                 ) from (error if is_verbose() else None)
-        except (UserError, RunFailed):
-            raise
         except Exception as error:
             raise translated(error, "") from (error if is_verbose() else None)
         finally:

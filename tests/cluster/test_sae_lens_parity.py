@@ -12,15 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from introspect_ray.errors import UserError
-from introspect_ray.features.batch_topk import BatchTopKConfig
+from introspect_ray.features.batch_topk import BatchTopKConfig, shuffled_batches
 from introspect_ray.features.card import SAE_ARCHITECTURES, TRANSCODER_ARCHITECTURES
 from introspect_ray.features.coder import SparseCoder, fraction_unexplained
 from introspect_ray.features.sae import check_sae, load_sae, save_transcoder
-from introspect_ray.features.sae_training import train_sae
+from introspect_ray.features.sae_training import SaeTraining, train_sae
+from introspect_ray.features.snapshots import Snapshot
 
 WIDTH, LATENTS = 16, 40
 PLACE = {"model_name": "tiny", "hook_name": "blocks.1.hook_resid_post"}
@@ -54,6 +55,30 @@ def test_trained_sae(tmp_path: Path) -> None:
 
     train_sae(x, config, PLACE, tmp_path / "again", lambda *_: None)
     assert torch.equal(load_sae(str(tmp_path / "again")).encoder, sae.encoder)
+
+
+@pytest.mark.parametrize("architecture", ["batchtopk", "topk", "jumprelu", "standard"])
+def test_training_goes_on_from_a_snapshot_and_sae_lens_reads_what_it_made(tmp_path: Path, architecture: Any) -> None:
+    generator = torch.Generator().manual_seed(4)
+    x = 3 * torch.randn(900, WIDTH, generator=generator).relu() + 1
+    config = BatchTopKConfig(
+        num_latents=LATENTS, num_active=4, steps=40, batch_size=64, learning_rate=5e-3, dead_after=5, seed=0
+    )
+    losses: list[list[float]] = [[], []]
+    for number, stop in enumerate((None, 23)):
+        training = SaeTraining.begun(x, config, PLACE, architecture)
+        for step, rows in enumerate(shuffled_batches(len(x), config)):
+            if step == stop:
+                snapshot = Snapshot.from_bytes(training.snapshot().to_bytes())
+                training = SaeTraining.restored(snapshot, config, PLACE, architecture)
+            losses[number].append(training.step(x[rows]))
+        assert training.steps_done == 40 and 0 < training.measures().unexplained < 1
+        training.save(tmp_path / str(number))
+    assert losses[0] == losses[1]
+    assert (tmp_path / "0" / "cfg.json").read_text() == (tmp_path / "1" / "cfg.json").read_text()
+    one, other = (load_file(tmp_path / name / "sae_weights.safetensors") for name in "01")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert_same(tmp_path / "0", x[:100])
 
 
 @pytest.mark.parametrize("skip", [True, False])
@@ -138,6 +163,30 @@ def test_a_checkpoint_is_read_at_the_scale_it_was_trained_at(tmp_path: Path) -> 
     ours, expected = (load_sae(str(tmp_path / name)) for name in ("checkpoint", "folded"))
     torch.testing.assert_close(ours.forward(x), expected.forward(x), rtol=0, atol=1e-5)
     assert_same(tmp_path / "folded", x)
+
+
+def test_folders_of_sae_lens_before_6(tmp_path: Path) -> None:
+    """Other names, no metadata, TopK as an activation function of a standard SAE, a scaling factor of ones."""
+    made_by_sae_lens("topk", tmp_path, k=4)
+    weights = load_file(tmp_path / "sae_weights.safetensors")
+    save_file({**weights, "scaling_factor": torch.ones(LATENTS)}, tmp_path / "sae_weights.safetensors")
+    old: dict[str, Any] = {"d_in": WIDTH, "d_sae": LATENTS, "dtype": "float32", "model_name": "tiny"}
+    old |= {"hook_point": PLACE["hook_name"], "activation_fn_str": "topk", "activation_fn_kwargs": {"k": 4}}
+    (tmp_path / "cfg.json").write_text(json.dumps(old | {"normalize_activations": False}))
+    ours, card = load_sae(str(tmp_path)), check_sae(str(tmp_path), WIDTH)
+    assert (ours.k, ours.layer, card.model_name) == (4, 1, "tiny")
+    theirs, x = sae_class().load_from_disk(str(tmp_path)), torch.randn(20, WIDTH)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.forward(x), theirs(x), rtol=0, atol=1e-5)
+    save_file({**weights, "scaling_factor": torch.full((LATENTS,), 2.0)}, tmp_path / "sae_weights.safetensors")
+    with pytest.raises(UserError, match="tensor scaling_factor is not supported"):
+        check_sae(str(tmp_path), WIDTH)
+
+
+def sae_class() -> Any:
+    from sae_lens import SAE
+
+    return SAE
 
 
 def in_hub_cache(cache: Path, repository: str) -> Path:

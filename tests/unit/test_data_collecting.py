@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from collect_helpers import collect_config, collect_here, content, damaged
 
 from introspect_ray.config import SourceConfig
+from introspect_ray.data.attempts import BATCH_DEATHS, ITEM_DEATHS, Attempt
 from introspect_ray.data.collecting import ScanOrder, plan_collection, read_texts
 from introspect_ray.data.merging import CoderScans
 from introspect_ray.data.scanning import Scanner, finished_info, scan_shard
@@ -261,7 +261,6 @@ def test_a_text_at_which_the_target_raises_is_left_out_with_a_reason(scanner, tm
     try:
         info = scan_shard(scanner, config, plan.work, plan.scans[0], "run")
         assert info.failed == [(9, "generation_error", "ValueError: cannot read this")]
-        only = dataclasses.replace(plan, texts=plan.texts)
         alone = collect_config(tmp_path / "alone", ["zzz", "zzz z"])
         plan = plan_collection(alone)
         plan.write_plan(plan.scans)
@@ -269,4 +268,19 @@ def test_a_text_at_which_the_target_raises_is_left_out_with_a_reason(scanner, tm
             scan_shard(scanner, alone, plan.work, plan.scans[0], "run")
     finally:
         hook.remove()
-    assert only.texts.num_used == 10
+
+
+def test_a_text_that_ends_its_process_twice_is_left_out(scanner, tmp_path):
+    config = collect_config(tmp_path, TEXTS[:12], coders=CODERS)
+    plan = plan_collection(config)
+    plan.write_plan(plan.scans)
+    (order,) = plan.scans
+    for _ in range(BATCH_DEATHS):
+        Attempt(plan.work, order, "run")
+    for _ in range(ITEM_DEATHS):  # the process that noted this ended before it noted anything else
+        Attempt(plan.work, order, "run").runs_alone("5")
+    info = scan_shard(scanner, config, plan.work, order, "run")
+    assert info.failed == [(5, "process_died", "2 processes ended while this text ran alone")]
+    assert plan.work.size(order.attempts_name) is None
+    others = collect_config(tmp_path / "others", TEXTS[:5] + TEXTS[6:12], coders=CODERS)
+    assert info.num_tokens == [store.meta.num_tokens for store in collect_here(others, scanner).values()]
