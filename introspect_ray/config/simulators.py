@@ -33,11 +33,18 @@ class TrainSimulatorConfig(Config):
     model: ModelConfig = ModelConfig()
     """What training starts from."""
     firing_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Share of the examples in which the latent fires. They count less in the loss, which is that of the natural base
-    rate whatever this is."""
+    """Share of the examples in which the latent fires. They count less in the loss, which in the end is that of the
+    natural base rate whatever this is."""
+    balanced_share: Fraction = 0.7
+    """Share of the steps over which weights go from equal ones to those of the natural base rate. Where almost every
+    token is silent, what makes a latent fire is learnt late or never; the steps after that learn how rarely it does."""
     held_out_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the descriptions that are not trained on, so that what is learnt of them can be told from what is known
     of others; which ones is a hash of their text."""
+    label_score: str | None = None
+    """Name of a score that descriptions have; those with less than `minimum_score`, or without it, are not trained on.
+    None trains on all: what a wrong description teaches is that descriptions say little."""
+    minimum_score: float = 0.5
     max_latents: Annotated[int, Field(ge=1)] | None = None
     """Train on at most so many latents, drawn by a hash; workers hold the windows of all of them in memory."""
     optimization: OptimizationConfig = OptimizationConfig()
@@ -71,6 +78,11 @@ class ScoreDescriptionsConfig(Config):
     """What is scored beside the descriptions: another latent's, and none."""
     best_by: Literal["correlation", "paper_compat", "f1"] = "correlation"
     """Score that the best candidate of a latent is chosen by."""
+    first_stage: Literal["none", "tokens"] = "none"
+    """`tokens`: windows without a token on which the latent was seen to fire are not simulated and count zero. Faster,
+    and no longer a score of the words alone; its recall and what it skips are reported beside the scores."""
+    first_stage_share: Fraction = 0.1
+    """A latent counts as firing, for the first stage, above this share of its largest training activation."""
     max_latents: Annotated[int, Field(ge=1)] | None = None
     """Score at most so many latents, drawn by a hash."""
     only: Literal["all", "held_out", "trained"] = "all"

@@ -16,14 +16,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
 
+import numpy as np
+
 from introspect_ray.evaluation.intervals import Bootstrap, Interval, bootstrap_mean
 from introspect_ray.evaluation.page import render_page
 from introspect_ray.features.descriptions import Description, Score, by_latent
 from introspect_ray.features.exemplars import Exemplar, LatentExemplars
 from introspect_ray.simulator.base import Simulator
-from introspect_ray.simulator.scores import simulation_scores
+from introspect_ray.simulator.base_rate import natural_weights
+from introspect_ray.simulator.filter import TokenLookup, measure
+from introspect_ray.simulator.scores import NEVER_FIRES, NO_WINDOWS, simulation_scores
 
 Control = Literal["shuffled", "empty"]
+STAGE_METRICS = ("first_stage_recall", "first_stage_skipped")
 CONTROLS: tuple[Control, ...] = ("shuffled", "empty")
 Pair = tuple[str, LatentExemplars]
 """A description, and the held-out exemplars of the latent that it is of."""
@@ -41,31 +46,70 @@ class DescriptionScorer(Protocol):
 class SimulationScorer:
     """Scores by a simulator: see simulator/scores.py. Calibrations are fitted on training exemplars."""
 
-    def __init__(self, simulator: Simulator, train: Mapping[tuple[int, int], LatentExemplars]):
-        """`train`: exemplars of training texts by (layer, latent), of every latent that is scored."""
+    def __init__(
+        self,
+        simulator: Simulator,
+        train: Mapping[tuple[int, int], LatentExemplars],
+        first_stage_share: float | None = None,
+    ):
+        """`train`: exemplars of training texts by (layer, latent), of every latent that is scored.
+
+        With `first_stage_share`, windows without a token on which the latent was seen to fire in them, at more than
+        this share of its largest activation, are not simulated and count zero; the scores then say what the stage
+        lets pass and what it skips, on the held-out windows at the natural base rate.
+        """
         self.simulator = simulator
         self.train = train
+        self.first_stage_share = first_stage_share
 
     def score(self, pairs: Sequence[Pair]) -> list[Scores]:
         """Simulates all windows of all pairs in one call, so that batches are full."""
         windows: list[tuple[list[Exemplar], list[Exemplar]]] = []
         for _, held_out in pairs:
-            train = self.train[held_out.layer, held_out.latent]
+            seen = self.train[held_out.layer, held_out.latent]
             # Held-out `top` windows are no fair draw, and the paper's protocol takes those of training texts.
             fair = [exemplar for exemplar in held_out.exemplars if exemplar.kind in ("quantile", "random")]
-            windows.append((list(train.exemplars), fair))
-        levels = iter(
-            self.simulator.simulate(
-                [text for (text, _), both in zip(pairs, windows, strict=True) for part in both for _ in part],
-                [exemplar.window for both in windows for part in both for exemplar in part],
-            )
-        )
-        return [
-            simulation_scores(
-                held_out.density, train, [next(levels) for _ in train], fair, [next(levels) for _ in fair]
-            )
-            for (_, held_out), (train, fair) in zip(pairs, windows, strict=True)
+            windows.append((list(seen.exemplars), fair))
+        stages = [self._stage(held_out) for _, held_out in pairs]
+        asked = [
+            (text, exemplar.window)
+            for (text, _), both, stage in zip(pairs, windows, stages, strict=True)
+            for part in both
+            for exemplar in part
+            if stage is None or stage.may_fire("", exemplar.window)
         ]
+        answers = iter(self.simulator.simulate([text for text, _ in asked], [window for _, window in asked]))
+
+        def levels(part: Sequence[Exemplar], stage: TokenLookup | None) -> list[np.ndarray]:
+            return [
+                next(answers) if stage is None or stage.may_fire("", one.window) else np.zeros(len(one.window))
+                for one in part
+            ]
+
+        found: list[Scores] = []
+        for (_, held_out), (train, fair), stage in zip(pairs, windows, stages, strict=True):
+            scores = simulation_scores(held_out.density, train, levels(train, stage), fair, levels(fair, stage))
+            found.append({**scores, **_stage_scores(stage, held_out.density, fair)})
+        return found
+
+    def _stage(self, held_out: LatentExemplars) -> TokenLookup | None:
+        """The latent's own table, whatever the description: what controls score behind it, the table gives."""
+        if self.first_stage_share is None:
+            return None
+        train = self.train[held_out.layer, held_out.latent].exemplars
+        return TokenLookup.fit([("", train)], self.first_stage_share)
+
+
+def _stage_scores(stage: TokenLookup | None, density: float, fair: Sequence[Exemplar]) -> dict[str, Score]:
+    """Share of the firing windows that the first stage lets pass, and of all windows that it skips."""
+    if stage is None:
+        return {}
+    weights = natural_weights(density, fair) * [len(exemplar.window) for exemplar in fair]
+    if not weights.any():
+        return dict.fromkeys(STAGE_METRICS, Score(None, NO_WINDOWS))
+    report = measure(stage, [("", exemplar) for exemplar in fair], weights)
+    recall = Score(None, NEVER_FIRES) if report.recall is None else Score(report.recall)
+    return dict(zip(STAGE_METRICS, (recall, Score(report.skipped)), strict=True))
 
 
 def control_descriptions(

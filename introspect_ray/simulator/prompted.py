@@ -52,7 +52,7 @@ class PromptedSimulator:
         bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
         base = self._with_special_tokens(before)
         base = base if base[: len(bos)] == bos else bos + base
-        self._passes = LevelPasses(model, self.levels, base)
+        self.passes = LevelPasses(model, self.levels, base)
         self._line = lru_cache(maxsize=1 << 16)(self._encode_line)
 
     @classmethod
@@ -63,12 +63,16 @@ class PromptedSimulator:
     def simulate(self, descriptions: Sequence[str], windows: Sequence[Window]) -> list[Float[np.ndarray, " T"]]:
         """See `Simulator.simulate`. Raises UserError for what is longer than the model takes."""
         readings = {window: self.read(window) for window in dict.fromkeys(windows)}
-        return self._passes.read(
+        return self.passes.read(
             [
-                Ask((*self._plain(" ".join(description.split())), *self._after), readings[window])
+                Ask(self.encode(description), readings[window])
                 for description, window in zip(descriptions, windows, strict=True)
             ]
         )
+
+    def encode(self, description: str) -> tuple[int, ...]:
+        """Ids of a description, and of the prompt up to the window's first token."""
+        return (*self._plain(" ".join(description.split())), *self._after)
 
     def read(self, window: Window) -> Reading:
         """One line per piece of text; tokens that are parts of one character share the line of the character."""

@@ -47,6 +47,7 @@ from introspect_ray.features.descriptions import Description, Score, by_latent, 
 from introspect_ray.features.exemplar_store import ExemplarStore, open_exemplars
 from introspect_ray.features.exemplars import LatentExemplars
 from introspect_ray.simulator.base import Simulator
+from introspect_ray.simulator.cache import CachedSimulator
 from introspect_ray.simulator.loading import check_simulator, load_simulator
 from introspect_ray.simulator.scores import METRICS
 from introspect_ray.tasks.base import stable_id
@@ -96,7 +97,8 @@ class ScoreWorker:
         torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
         self.config = config
         self.store = open_exemplars(config.exemplars)
-        self.simulator = load(config.simulator)
+        # What a batch holds decides about last bits: a memory that outlives a shard would let them depend on history.
+        self.simulator = load(config.simulator.model_copy(update={"cache_tokens": 0}))
 
     def score(self, shard: Shard) -> tuple[str, str]:
         """Kind and text of an error, or two empty texts."""
@@ -115,7 +117,10 @@ def write_shard(config: ScoreDescriptionsConfig, store: ExemplarStore, simulator
     latents = {(one.layer, one.latent) for one in shard.descriptions}
     held_out = {key: store.read(key[1], config.held_out) for key in latents}
     train = {key: store.read(key[1], "train") for key in latents}
-    scored = score_all(SimulationScorer(simulator, train), shard.descriptions, held_out)
+    if config.simulator.cache_tokens:
+        simulator = CachedSimulator(simulator, config.simulator.cache_tokens)
+    share = config.first_stage_share if config.first_stage == "tokens" else None
+    scored = score_all(SimulationScorer(simulator, train, share), shard.descriptions, held_out)
     rows = [
         {"description": asdict(one.description), "scores": {name: asdict(score) for name, score in one.scores.items()}}
         for one in scored

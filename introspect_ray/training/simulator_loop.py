@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -163,10 +164,11 @@ class SimulatorStepper:
 
     def examples(self, number: int) -> list[LevelExample]:
         """All workers' examples of a step."""
-        chosen = step_indices(
-            number, self.config.optimization.batch_size, self._sizes, self.config.seed, weights=self._weights
-        )
-        return [encode_pair(self.simulator, self._pairs[index]) for index in chosen]
+        config = self.config
+        chosen = step_indices(number, config.optimization.batch_size, self._sizes, config.seed, weights=self._weights)
+        power = weight_power(number, config.optimization.steps, config.balanced_share)
+        examples = [encode_pair(self.simulator, self._pairs[index]) for index in chosen]
+        return [replace(example, weight=example.weight**power) for example in examples]
 
     def _backward(self, batch: Sequence[LevelExample], count: int) -> torch.Tensor:
         """Add one micro-batch to the gradient of the mean over `count` examples; returns its part of that mean."""
@@ -175,6 +177,12 @@ class SimulatorStepper:
             loss = level_loss(self.simulator, batch) / count
         loss.backward()
         return loss.detach()
+
+
+def weight_power(step: int, steps: int, balanced_share: float) -> float:
+    """Power of the importance weights in a step (counted from 0): from 0, all equal, up to 1, the natural ones."""
+    rising = balanced_share * steps
+    return min(1.0, step / rising) if rising else 1.0
 
 
 def _steps(

@@ -80,13 +80,11 @@ def prepare(config: TrainSimulatorConfig) -> SimulatorRun:
 def chosen_descriptions(config: TrainSimulatorConfig, store: ExemplarStore) -> dict[LatentKey, list[Description]]:
     """Candidates of every latent that is trained on, by latent. Raises UserError if there is none."""
     found = candidates_of(config.descriptions, store)
-    trained = {
-        key: [one for one in candidates if not is_held_out(one.text, config.held_out_share)]
-        for key, candidates in found.items()
-    }
+    trained = {key: [one for one in candidates if _is_trained_on(one, config)] for key, candidates in found.items()}
     kept = drawn([key for key, candidates in trained.items() if candidates], config.max_latents, config.seed)
     if not kept:
-        raise UserError(f"no latent of {config.exemplars} is left to train on: all its descriptions are held out")
+        wanted = f", or lack a {config.label_score} of {config.minimum_score:g}" if config.label_score else ""
+        raise UserError(f"no latent of {config.exemplars} is left to train on: all descriptions are held out{wanted}")
     return {key: trained[key] for key in kept}
 
 
@@ -101,6 +99,15 @@ def candidates_of(sources: Sequence[str], store: ExemplarStore) -> dict[LatentKe
             f" (layer {store.meta.layer}): expected descriptions of its latents"
         )
     return found
+
+
+def _is_trained_on(description: Description, config: TrainSimulatorConfig) -> bool:
+    if is_held_out(description.text, config.held_out_share):
+        return False
+    if config.label_score is None:
+        return True
+    score = description.scores.get(config.label_score)
+    return score is not None and score >= config.minimum_score
 
 
 def is_held_out(description: str, share: float) -> bool:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from introspect_ray.evaluation.description_scores import (
+    STAGE_METRICS,
     DescriptionScorer,
     Scored,
     SimulationScorer,
@@ -62,6 +63,28 @@ def test_simulation_scorer_scores_each_pair_on_fair_held_out_windows():
         assert found == simulation_scores(0.05, own, levels[0], fair, levels[1])
     values = [row["correlation"].value for row in scorer.score(pairs)]
     assert values[0] > 0.9 and values[2] > 0.9 and values[1] < 0.3
+
+
+def test_a_first_stage_skips_and_says_what_it_loses():
+    train = {(0, 1): exemplars_of(1, 0)}
+    held = exemplars_of(1, 1)
+    asked = []
+
+    class Counting(Echo):
+        def simulate(self, descriptions, windows):
+            asked.extend(windows)
+            return super().simulate(descriptions, windows)
+
+    (plain,) = SimulationScorer(Echo(), train).score([("a", held)])
+    (found,) = SimulationScorer(Counting(), train, first_stage_share=0.0).score([("a", held)])
+    assert {name: found[name] for name in plain} == plain  # the table misses nothing, and Echo is silent elsewhere
+    assert (found["first_stage_recall"].value, set(found) - set(plain)) == (1.0, set(STAGE_METRICS))
+    assert all("1" in one.pieces for one in asked)
+    fair = [one for one in held.exemplars if one.kind in ("quantile", "random")]
+    silent = [one for one in fair if "1" not in one.window.pieces]
+    assert (found["first_stage_skipped"].value > 0) == bool(silent)
+    (blind,) = SimulationScorer(Echo(), train, first_stage_share=1.0).score([("a", held)])
+    assert blind["first_stage_recall"].value == 0.0 and blind["correlation"].reason == "constant_prediction"
 
 
 def test_shuffled_descriptions_are_of_other_latents():

@@ -188,7 +188,7 @@ def test_prompted_reads_before_every_question_mark(tokenizer):
     def plain(text):
         return tokenizer(text, add_special_tokens=False).input_ids
 
-    before = list(simulator._passes.base)
+    before = list(simulator.passes.base)
     assert before[0] == tokenizer.bos_token_id
     assert tokenizer.decode(before).endswith("Description: ")
     ids, positions = [*before, *plain("the word cat"), *plain("\n")], []
@@ -206,7 +206,7 @@ def test_prompted_follows_the_chat_template_and_parts_of_characters():
         "{{ bos_token }}{% for m in messages %}{{ '<|user|>' if m.role == 'user' else '' }}{{ m.content }}{% endfor %}"
     )
     simulator = PromptedSimulator(wide_model(len(chatty)), chatty)
-    base = list(simulator._passes.base)
+    base = list(simulator.passes.base)
     assert base.count(chatty.bos_token_id) == 1 and base[0] == chatty.bos_token_id
     assert base.count(chatty.convert_tokens_to_ids("<|user|>")) == 4
     one = windows_of(chatty)[3]

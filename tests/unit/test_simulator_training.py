@@ -20,7 +20,7 @@ from introspect_ray.simulator.finetuned import FinetunedSimulator
 from introspect_ray.training import simulator_loop, simulator_run
 from introspect_ray.training.checkpoint import CheckpointStore
 from introspect_ray.training.metrics import read_metrics
-from introspect_ray.training.simulator_loop import SimulatorStepper, build, fit
+from introspect_ray.training.simulator_loop import SimulatorStepper, build, fit, weight_power
 from introspect_ray.training.simulator_run import is_held_out, prepare
 from introspect_ray.training.workers import Workers
 
@@ -218,6 +218,17 @@ def test_gradient_is_that_of_the_whole_batch_however_it_is_split(folder):
         torch.testing.assert_close(total[name], expected[name], rtol=1e-4, atol=1e-7)
 
 
+def test_weights_go_from_equal_to_natural(folder):
+    assert [weight_power(step, 10, 0.5) for step in (0, 1, 4, 5, 9)] == [0.0, 0.2, 0.8, 1.0, 1.0]
+    assert weight_power(0, 10, 0.0) == 1.0
+    config = config_of(folder)
+    stepper = SimulatorStepper(*build(config), config, ALONE)
+    natural = {pair.weight for pair in stepper._pairs}
+    assert min(natural) < 0.9
+    assert {example.weight for example in stepper.examples(0)} == {1.0}
+    assert {example.weight for example in stepper.examples(7)} <= natural
+
+
 def test_not_a_number_ends_the_run(folder, monkeypatch):
     run = prepare(config_of(folder))
     run.record({})
@@ -235,8 +246,10 @@ def test_held_out_descriptions_are_not_trained_on(folder):
         f"the word {word}" for word in WORDS if word not in held_out
     }
     assert prepare(config).num_latents == len(WORDS) - len(held_out)
-    with pytest.raises(UserError, match=r"all its descriptions are held out"):
+    with pytest.raises(UserError, match=r"all descriptions are held out"):
         prepare(config.model_copy(update={"held_out_share": 0.999}))
+    with pytest.raises(UserError, match=r"held out, or lack a label_f1 of 0.5"):
+        prepare(config.model_copy(update={"label_score": "label_f1"}))
     few = build(config_of(folder).model_copy(update={"max_latents": 2}))[1]
     assert len({pair.latent for part in few for pair in part}) == 2
 
