@@ -246,6 +246,9 @@ def main() -> None:
     parser.add_argument("--no-memory", action="store_true", help="leave the memory test out")
     parser.add_argument("--collect", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    batch_size = min(arguments.batch_size, arguments.contexts)
+    if arguments.contexts % batch_size:
+        parser.error("--contexts must be a multiple of --batch-size: delphi leaves out what does not fill a batch")
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     setting = make_setting(arguments.latents, arguments.k)
@@ -254,7 +257,7 @@ def main() -> None:
         return
     difference = check(setting, make_texts(4), 4)
     print(f"activations, counts and maxima agree: the largest difference is {difference:.2g}")
-    result = measure(setting, arguments.rounds, arguments.contexts, arguments.batch_size)
+    result = measure(setting, arguments.rounds, arguments.contexts, batch_size)
     result["max_difference"] = difference
     if not arguments.no_memory:
         result |= memory(arguments)

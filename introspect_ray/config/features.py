@@ -68,12 +68,14 @@ class CollectConfig(Config):
     seed: int = 0
 
     @model_validator(mode="after")
-    def _whole_batches(self) -> Self:
+    def _fits_together(self) -> Self:
         if self.texts_per_shard % self.texts_per_batch:
             raise ValueError(
                 f"texts_per_shard must be a multiple of texts_per_batch, {self.texts_per_batch}:"
                 f" found {self.texts_per_shard}"
             )
+        if self.target.device_map != "none" and not self.actors.num_gpus:
+            raise ValueError("target.device_map spreads layers over the GPUs of an actor: set actors.num_gpus, found 0")
         if len(set(self.coders)) < len(self.coders):
             raise ValueError(f"coders must differ, found {', '.join(self.coders)}")
         return self

@@ -7,7 +7,7 @@ a block and not from the number of shards.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from typing import TypeVar
 
@@ -60,8 +60,12 @@ class CoderScans:
     @cached_property
     def pool(self) -> Pool:
         """The pool of all texts."""
-        table = pa.concat_tables([WINDOW_FIELDS.empty_table(), *self._windows(pooled=True)])
-        return pool_of(table["window"].to_numpy(), table["split"].to_numpy().astype(np.int64), self.limits)
+        pool = Pool(np.empty(0, np.uint64), np.empty(0, np.int64))
+        for table in self._windows(["window", "split", "pool"]):
+            more = table.filter(table["pool"])
+            windows = np.concatenate([pool.windows, more["window"].to_numpy()])
+            pool = pool_of(windows, np.concatenate([pool.splits, more["split"].to_numpy()]), self.limits)
+        return pool
 
     @cached_property
     def pool_windows(self) -> pa.Table:
@@ -85,8 +89,11 @@ class CoderScans:
         return in_order(kept_rows(joined(kept), self.pool, self.limits))
 
     def windows(self, wanted: np.ndarray) -> pa.Table:
-        """Windows by id, in order of the ids; each is in one shard or more, with the same content."""
-        found = [table.filter(pa.array(np.isin(table["window"].to_numpy(), wanted))) for table in self._windows()]
+        """Windows by id, in order of the ids."""
+        found = [
+            table.filter(pa.array(np.isin(table["window"].to_numpy(), wanted)))
+            for table in self._windows(WINDOW_FIELDS.names)
+        ]
         table = pa.concat_tables([WINDOW_FIELDS.empty_table(), *found])
         assert table.num_rows == len(wanted), "every window that is kept has its tokens kept, once"
         return table.sort_by("window")
@@ -102,11 +109,11 @@ class CoderScans:
             maxima[latents] = np.maximum(maxima[latents], table["maximum"].to_numpy())
         return counts, maxima
 
-    def _windows(self, pooled: bool = False) -> Iterator[pa.Table]:
+    def _windows(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Some columns of the windows of each shard."""
         for shard in range(self.num_shards):
             with self._open("windows", shard) as file:
-                table = self._checked(shard, file.read)
-            yield (table.filter(table["pool"]) if pooled else table).select(WINDOW_FIELDS.names)
+                yield self._checked(shard, partial(file.read, columns))
 
     def _rows(self, shard: int, low: int, high: int) -> Rows:
         with self._open("rows", shard) as file:
@@ -148,7 +155,7 @@ def merge_block(scans: CoderScans, output: Folder, order: BlockOrder, block: int
     silent = pick_silent(firing, rows, scans.pool, scans.finder, tokens, limits.silent)
     random = scans.pool.windows[random_windows(scans.pool, limits.random)]
     wanted = np.unique(np.concatenate([random, silent.rows.windows]))
-    others = _in_order(scans.pool_windows, np.setdiff1d(wanted, firing.rows.windows), scans.pool.windows)
+    others = _in_order(scans.pool_windows, np.setdiff1d(wanted, firing.rows.windows))
     windows = pa.concat_tables([firing_windows, others]).sort_by("window")
     is_random = pa.array(np.isin(windows["window"].to_numpy(), random))
     files = {
@@ -176,9 +183,9 @@ def _tokens(windows: pa.Table) -> list[np.ndarray]:
     return [np.array(tokens, dtype=np.int64) for tokens in windows["tokens"].to_pylist()]
 
 
-def _in_order(table: pa.Table, wanted: np.ndarray, there: np.ndarray | None = None) -> pa.Table:
-    """Rows of a table by the ids of their windows; `there` are those of the table, in its order."""
-    ids = table["window"].to_numpy() if there is None else there
+def _in_order(table: pa.Table, wanted: np.ndarray) -> pa.Table:
+    """Rows of a table by the ids of their windows, in the order that is wanted."""
+    ids = table["window"].to_numpy()
     order = np.argsort(ids)
     return table.take(pa.array(order[np.searchsorted(ids, wanted, sorter=order)]))
 

@@ -214,7 +214,7 @@ def firings_of(coder: SparseCoder, x: torch.Tensor, tokens: np.ndarray) -> Firin
 
     A latent that goes below zero (AbsTopK) fires where it is above.
     """
-    active = coder.encode_sparse(x)
+    active = coder.encode_sparse(x.to(coder.encoder.device))
     vectors, values = active.vectors.cpu().numpy(), active.values.float().cpu().numpy()
     bad = ~torch.isfinite(x).all(dim=1).cpu().numpy()
     bad[vectors[~np.isfinite(values)]] = True

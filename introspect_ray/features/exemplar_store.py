@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Literal
@@ -163,13 +164,26 @@ def open_exemplars(folder: str) -> ExemplarStore:
     Raises `UserError` if they are not there, not finished, or of another version.
     """
     url = folder.rstrip("/")
-    if not _exists(f"{url}/{META_NAME}"):
-        inside = coder_folders(url)
-        if len(inside) != 1:
-            there = f"choose one of {', '.join(inside)}" if inside else "collect_exemplars.py writes it last"
-            raise UserError(f"{folder} has no {META_NAME}: {there}")
-        url = f"{url}/{inside[0]}"
-    return ExemplarStore(url, _read_meta(f"{url}/{META_NAME}"))
+    with _readable(folder):
+        if not _exists(f"{url}/{META_NAME}"):
+            inside = coder_folders(url)
+            if len(inside) != 1:
+                there = f"choose one of {', '.join(inside)}" if inside else "collect_exemplars.py writes it last"
+                raise UserError(f"{folder} has no {META_NAME}: {there}")
+            url = f"{url}/{inside[0]}"
+        return ExemplarStore(url, _read_meta(f"{url}/{META_NAME}"))
+
+
+@contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """Whatever a file system or Arrow raises inside becomes a UserError that says what cannot be read."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # every file system has its own
+        lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
+        raise UserError(f"{what} cannot be read: {lines[0] if lines else type(error).__name__}") from error
 
 
 def coder_folders(folder: str) -> list[str]:
@@ -232,14 +246,12 @@ class ExemplarStore:
         if not 0 <= latent < self.meta.num_latents:
             raise UserError(f"{self.url} has latents 0 to {self.meta.num_latents - 1}, none is {latent}")
         wanted = range(NUM_SPLITS) if split is None else (SPLITS.index(split),)
-        block = self._block(latent // self.meta.latents_per_block)
         stats = self._stats(latent)
+        with _readable(f"{self.url}/{block_name('blocks', latent // self.meta.latents_per_block)}"):
+            block = self._block(latent // self.meta.latents_per_block)
+            exemplars = block.exemplars(latent, wanted, self.meta.top)
         return LatentExemplars(
-            layer=stats.layer,
-            latent=latent,
-            density=stats.density,
-            maximum=stats.maximum,
-            exemplars=block.exemplars(latent, wanted, self.meta.top),
+            layer=stats.layer, latent=latent, density=stats.density, maximum=stats.maximum, exemplars=exemplars
         )
 
     def _stats(self, latent: int) -> LatentStats:
@@ -248,7 +260,8 @@ class ExemplarStore:
 
     @cached_property
     def _stats_table(self) -> pa.Table:
-        return pq.ParquetFile(self._file(LATENTS_NAME), page_checksum_verification=True).read()
+        with _readable(f"{self.url}/{LATENTS_NAME}"):
+            return pq.ParquetFile(self._file(LATENTS_NAME), page_checksum_verification=True).read()
 
     def _open_block(self, number: int) -> _Block:
         # Rows are read as latents are asked for; windows at once, because those of a latent lie all over the file.
@@ -260,13 +273,11 @@ class ExemplarStore:
     def _file(self, name: str) -> Any:
         """A file to read parts of. Raises UserError if it is not there as the manifest says."""
         filesystem, path = fsspec.core.url_to_fs(f"{self.url}/{name}")
-        try:
+        with _readable(f"{self.url}/{name}"):
             size = filesystem.size(path)
             if size != self.meta.files.get(name):
                 raise UserError(f"{self.url}/{name} has {size} bytes, {META_NAME} says {self.meta.files.get(name)}")
             return filesystem.open(path, "rb")
-        except OSError as error:
-            raise UserError(f"{self.url}/{name} cannot be read: {error.strerror or error}") from None
 
 
 class _Block:

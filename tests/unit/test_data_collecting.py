@@ -243,6 +243,20 @@ def test_folders_that_are_no_exemplars_are_refused(config, stores, tmp_path):
         open_exemplars(str(one)).latents()
 
 
+def test_damage_of_finished_exemplars_is_the_readers_error(scanner, tmp_path):
+    store = collect_here(collect_config(tmp_path, TEXTS[:20]), scanner)["sae"]
+    file = Path(store.url) / exemplar_store.block_name("blocks", 0)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:40] + bytes(byte ^ 255 for byte in whole[40:60]) + whole[60:])
+    with pytest.raises(UserError, match=r"blocks/block-00000.parquet cannot be read: "):
+        open_exemplars(store.url).read(0)
+    file.unlink()
+    with pytest.raises(UserError, match=r"blocks/block-00000.parquet cannot be read: No such file"):
+        open_exemplars(store.url).read(0)
+    with pytest.raises(UserError, match=r"^nowhere://x cannot be read: Protocol not known"):
+        open_exemplars("nowhere://x")
+
+
 def test_store_knows_the_splits_of_the_package():
     assert exemplar_store.SPLITS == SPLITS
 
