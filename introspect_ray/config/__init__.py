@@ -14,12 +14,24 @@ from introspect_ray.config.descriptions import (
     DescriptionFormat,
     EndpointConfig,
     JudgeConfig,
+    JudgeDescriptionsConfig,
     LocalChatConfig,
     PromptConfig,
 )
 from introspect_ray.config.evaluation import EvaluateConfig, EvaluationRun, Method
 from introspect_ray.config.explainers import ExplainerConfig, ExportConfig, FitProjectionConfig, LoraConfig
-from introspect_ray.config.features import CollectConfig, ExemplarLimits
+from introspect_ray.config.features import (
+    BrowseConfig,
+    CoderTrainerConfig,
+    CollectConfig,
+    CollectVectorsConfig,
+    ExemplarLimits,
+    StreamConfig,
+    TrainCoderConfig,
+    TrainSaeConfig,
+    TrainTranscoderConfig,
+    VectorKindsConfig,
+)
 from introspect_ray.config.pocket import (
     BuildPocketConfig,
     PocketSparseConfig,
@@ -56,9 +68,12 @@ __all__ = [
     "POCKET_QUESTIONS",
     "ActivationPatchingConfig",
     "ActorConfig",
+    "BrowseConfig",
     "BuildPocketConfig",
     "ChatConfig",
+    "CoderTrainerConfig",
     "CollectConfig",
+    "CollectVectorsConfig",
     "Config",
     "ConvertConfig",
     "ConvertDescriptionsConfig",
@@ -79,6 +94,7 @@ __all__ = [
     "InputAblationConfig",
     "InspectConfig",
     "JudgeConfig",
+    "JudgeDescriptionsConfig",
     "KnownModel",
     "LocalChatConfig",
     "LoggingConfig",
@@ -96,10 +112,15 @@ __all__ = [
     "SimulatorConfig",
     "SourceConfig",
     "SplitConfig",
+    "StreamConfig",
     "TaskName",
+    "TrainCoderConfig",
     "TrainConfig",
+    "TrainSaeConfig",
     "TrainSimulatorConfig",
+    "TrainTranscoderConfig",
     "TrainerConfig",
+    "VectorKindsConfig",
     "differences",
     "resolved",
 ]

@@ -32,6 +32,8 @@ class EndpointConfig(Config):
     """Wait before the second try; doubled before each further one, with a random share of it less."""
     longest_wait_s: Annotated[float, Field(gt=0)] = 60.0
     """Longest wait before a try; a call that the endpoint asks to come back later than that has failed."""
+    limit_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """What the endpoint calls the longest answer; newer models of OpenAI want the second."""
     input_price: Annotated[float, Field(ge=0)] = 0
     """Price of a million tokens that are sent, in the currency of `max_cost`."""
     output_price: Annotated[float, Field(ge=0)] = 0
@@ -147,7 +149,7 @@ class ConvertDescriptionsConfig(Config):
     """Neuronpedia's id of the user whom the explanations belong to."""
     delphi_module: Annotated[str, Field(pattern=r"^[^{}]*\{layer\}[^{}]*$")] = "layers.{layer}"
     """delphi's name of what the coder is of."""
-    delphi_scorer: Annotated[str, Field(pattern=r"^[\w-]+$")] | None = None
+    delphi_best_by: str | None = None
     """Of several candidates of a latent delphi's layout holds one: the best by this score, or none: the first."""
 
 
@@ -157,3 +159,51 @@ class JudgeConfig(Config):
     chat: ChatConfig = ChatConfig(max_tokens=8)
     max_labels: Annotated[int, Field(ge=1)] = 8
     """Labels of one latent that are judged; the best counts."""
+
+
+class JudgeDescriptionsConfig(Config):
+    """jobs/judge_descriptions.py: scores of descriptions that a language model, or embeddings, give."""
+
+    exemplars: str = "runs/exemplars"
+    """Folder that collect_exemplars.py wrote."""
+    descriptions: tuple[str, ...] = ("runs/descriptions",)
+    """Files or folders of descriptions; a latent may have several candidates, of several sources."""
+    output: str = "runs/judgements"
+    methods: Annotated[tuple[Literal["detection", "fuzz", "judge", "embedding"], ...], Field(min_length=1)] = (
+        "detection",
+        "fuzz",
+    )
+    """`detection`, `fuzz`: can the model tell the latent's held-out windows from others; `judge`, `embedding`: how like
+    a label is the description."""
+    labels: tuple[str, ...] = ()
+    """Files or folders of descriptions that count as labels; `judge` and `embedding` need them."""
+    chat: ChatConfig = ChatConfig(max_tokens=8)
+    embedder: ModelConfig = ModelConfig()
+    """Model whose hidden states `embedding` compares."""
+    held_out: Literal["validation", "test"] = "test"
+    """Split of the texts that windows are of."""
+    windows: Annotated[int, Field(ge=1)] = 10
+    """Windows in which the latent is active that are judged, and as many in which it is not."""
+    max_window_tokens: Annotated[int, Field(ge=1)] = 64
+    mark_share: Fraction = 0.3
+    """`fuzz` marks tokens above this share of the latent's maximum (delphi: 0.3)."""
+    max_labels: Annotated[int, Field(ge=1)] = 8
+    """Labels of one latent that a description is compared with; the best counts."""
+    controls: tuple[Literal["shuffled", "empty"], ...] = ("shuffled", "empty")
+    """What is scored beside the descriptions: another latent's, and none."""
+    max_latents: Annotated[int, Field(ge=1)] | None = None
+    """Score at most so many latents, drawn by a hash."""
+    latents_per_shard: Annotated[int, Field(ge=1)] = 64
+    bootstrap_samples: Annotated[int, Field(ge=100)] = 2000
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    max_failed_share: Fraction = 0.2
+    """The run fails if a larger share of the calls gave no answer that can be used."""
+    actors: ActorConfig = ActorConfig()
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _labels_where_needed(self) -> Self:
+        compared = [name for name in ("judge", "embedding") if name in self.methods]
+        if compared and not self.labels:
+            raise ValueError(f"method {compared[0]} needs labels, found none")
+        return self

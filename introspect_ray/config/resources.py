@@ -62,7 +62,9 @@ class SourceConfig(Config):
     path: str = "pocket"
     """`pocket` for the embedded world, else a file (json, jsonl, csv, parquet, txt; local or any fsspec URL), a folder
     of files of one kind, or a glob such as `s3://bucket/facts/*.parquet`; rows count on in order of the names."""
-    format: Literal["auto", "counterfact", "known_facts", "mmlu", "marked_text", "latent_labels", "text"] = "auto"
+    format: Literal["auto", "counterfact", "known_facts", "mmlu", "marked_text", "latent_labels", "vectors", "text"] = (
+        "auto"
+    )
     """Row format; `auto` reads it off the columns."""
     text_unit: Literal["auto", "paragraph", "line", "file"] = "auto"
     """What one text of a txt file is; `auto`: paragraphs where blank lines part them, else lines."""

@@ -14,22 +14,39 @@ import torch
 from ray.exceptions import RayError
 from ray.util import ActorPool
 
-from introspect_ray.config import ActorConfig, ChatConfig
+from introspect_ray.config import ActorConfig, ChatConfig, resolved
 from introspect_ray.data.cluster import connect
-from introspect_ray.data.generate import check_resources
+from introspect_ray.data.identity import identify_target
+from introspect_ray.data.pool import check_resources
 from introspect_ray.errors import RunFailed, UserError
 from introspect_ray.models.chat import ChatModel, Choice, Completion, Conversation, Failure
 from introspect_ray.models.endpoint import EndpointChat
 from introspect_ray.models.local_chat import LocalChat
-from introspect_ray.models.paths import check_model
+from introspect_ray.tasks.base import stable_id
 
 
-def check_chat(config: ChatConfig) -> None:
-    """Refuse a chat model that cannot be asked, without asking or loading it. Raises UserError."""
+def check_chat(config: ChatConfig) -> dict[str, str]:
+    """What answers come from, as a name and a digest; of an endpoint only the names are known.
+
+    Raises UserError for a chat model that cannot be asked, without asking or loading it.
+    """
     if config.kind == "local":
-        check_model(config.local.model)
+        path = config.local.model.path
+        return {f"model {path}": stable_id(identify_target(config.local.model).model_dump())}
+    EndpointChat(config, seed=0)
+    return {f"endpoint {config.endpoint.url}": config.endpoint.model}
+
+
+def relevant_chat(config: ChatConfig) -> dict[str, Any]:
+    """The resolved config without what cannot change answers: patience, prices, and the kind that is not asked."""
+    tree = resolved(config)
+    del tree["local" if config.kind == "endpoint" else "endpoint"]
+    if config.kind == "endpoint":
+        tree["endpoint"] = {name: tree["endpoint"][name] for name in ("url", "model")}
     else:
-        EndpointChat(config, seed=0)
+        del tree["local"]["batch_size"]
+        tree["local"]["model"]["device"] = "auto"
+    return tree
 
 
 @contextmanager

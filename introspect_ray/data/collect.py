@@ -23,6 +23,7 @@ from introspect_ray.config import CollectConfig, resolved
 from introspect_ray.data.attempts import counted_loading
 from introspect_ray.data.cluster import connect
 from introspect_ray.data.collecting import (
+    WORK_NAME,
     BlockOrder,
     Collecting,
     ScanOrder,
@@ -118,6 +119,7 @@ def collect_exemplars(
     plan = plan_collection(config)
     there = _finished(plan)
     if there is not None:
+        plan.claim.folder.remove_folder(WORK_NAME)
         return CollectSummary(config.output, there, was_complete=True)
     plan.claim.write()
     scans = {order.index: info for order in plan.scans if (info := finished_info(plan.work, order)) is not None}
@@ -126,8 +128,8 @@ def collect_exemplars(
         _scan(plan, scans, load, progress, joined_ray)
         failed = _check_failures(plan, scans)
         blocks = _merge(plan, progress, joined_ray)
-    metas = {coder.name: _finish(plan, number, scans, failed, blocks) for number, coder in enumerate(plan.coders)}
-    plan.work.clear()
+    metas = {coder.name: finish_coder(plan, number, scans, failed, blocks) for number, coder in enumerate(plan.coders)}
+    plan.claim.folder.remove_folder(WORK_NAME)
     return CollectSummary(config.output, metas, was_complete=False)
 
 
@@ -230,7 +232,7 @@ def _merge(plan: Collecting, progress: Progress, join: Callable[[], None]) -> di
     return done
 
 
-def _finish(
+def finish_coder(
     plan: Collecting,
     number: int,
     scans: Mapping[int, ScanInfo],

@@ -13,6 +13,7 @@ Texts that are exactly equal count once, as everywhere (`duplicate_row`): the dr
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from array import array
 from collections import Counter
@@ -37,6 +38,11 @@ from introspect_ray.features.collection import Limits
 from introspect_ray.features.exemplar_store import SCHEMA_VERSION
 from introspect_ray.features.sae import check_sae
 from introspect_ray.tasks.base import stable_id
+
+logger = logging.getLogger(__name__)
+
+WORK_NAME = "work"
+"""Folder inside the output for what is there only while a collection runs."""
 
 
 class ScanOrder(ShardOrder):
@@ -127,7 +133,7 @@ class Collecting:
 
     @property
     def work(self) -> Folder:
-        return Folder(f"{self.config.output.rstrip('/')}/work")
+        return Folder(f"{self.config.output.rstrip('/')}/{WORK_NAME}")
 
     def coder_folder(self, coder: CoderPlan) -> Folder:
         return Folder(f"{self.config.output.rstrip('/')}/{coder.name}")
@@ -195,6 +201,8 @@ def plan_collection(config: CollectConfig) -> Collecting:
             )
         if card.width_in != target.width:
             raise UserError(f"SAE path '{path}' reads width {card.width_in}: the target has width {target.width}")
+        if note := card.other_model(target.path):
+            logger.warning("SAE path '%s': %s", path, note)
         coders.append(
             CoderPlan(path, _name(path, [coder.name for coder in coders]), card, folder_digest(coder_folder(path)))
         )
@@ -207,7 +215,7 @@ def _name(path: str, taken: Collection[str]) -> str:
     """What a coder's folder is called: the last part of its path, numbered if another one is called so."""
     last = re.split(r"[/:]", path.rstrip("/"))[-1]
     name = re.sub(r"[^\w.-]+", "-", last).strip(".-") or "coder"
-    if name in (*taken, "work"):
+    if name in (*taken, WORK_NAME):
         name = f"{name}-{len(taken)}"
     return name
 

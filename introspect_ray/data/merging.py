@@ -7,8 +7,9 @@ a block and not from the number of shards.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,9 +21,11 @@ from introspect_ray.data.collecting import BlockOrder, ScanOrder, limits_of
 from introspect_ray.data.scanning import scan_file
 from introspect_ray.data.storage import Folder
 from introspect_ray.errors import RunFailed
-from introspect_ray.features.collection import Pool, Rows, joined, kept_rows, pool_of
+from introspect_ray.features.collection import Pool, Rows, in_order, joined, kept_rows, pool_of
 from introspect_ray.features.exemplar_store import WINDOW_FIELDS, block_name, encoded, row_table
 from introspect_ray.features.picking import SilentFinder, pick_firing, pick_silent, random_windows
+
+Read = TypeVar("Read")
 
 
 class BlockInfo(BaseModel):
@@ -57,8 +60,7 @@ class CoderScans:
     @cached_property
     def pool(self) -> Pool:
         """The pool of all texts."""
-        parts = [table for _, table in self._windows(pooled=True)]
-        table = pa.concat_tables([WINDOW_FIELDS.empty_table(), *parts])
+        table = pa.concat_tables([WINDOW_FIELDS.empty_table(), *self._windows(pooled=True)])
         return pool_of(table["window"].to_numpy(), table["split"].to_numpy().astype(np.int64), self.limits)
 
     @cached_property
@@ -71,7 +73,7 @@ class CoderScans:
         return SilentFinder(self.pool, _tokens(self.pool_windows))
 
     def rows(self, low: int, high: int) -> Rows:
-        """The rows kept of latents `low` up to `high`."""
+        """The rows kept of latents `low` up to `high`, by latent, split and window."""
         kept: list[Rows] = []
         waiting = 0
         for shard in range(self.num_shards):
@@ -80,11 +82,11 @@ class CoderScans:
             waiting += len(part)
             if waiting > self.config.buffer_rows:
                 kept, waiting = [kept_rows(joined(kept), self.pool, self.limits)], 0
-        return kept_rows(joined(kept), self.pool, self.limits)
+        return in_order(kept_rows(joined(kept), self.pool, self.limits))
 
     def windows(self, wanted: np.ndarray) -> pa.Table:
         """Windows by id, in order of the ids; each is in one shard or more, with the same content."""
-        found = [table.filter(pa.array(np.isin(table["window"].to_numpy(), wanted))) for _, table in self._windows()]
+        found = [table.filter(pa.array(np.isin(table["window"].to_numpy(), wanted))) for table in self._windows()]
         table = pa.concat_tables([WINDOW_FIELDS.empty_table(), *found])
         assert table.num_rows == len(wanted), "every window that is kept has its tokens kept, once"
         return table.sort_by("window")
@@ -94,17 +96,17 @@ class CoderScans:
         counts, maxima = np.zeros(num_latents, dtype=np.int64), np.zeros(num_latents, dtype=np.float32)
         for shard in range(self.num_shards):
             with self._open("latents", shard) as file:
-                table = file.read()
+                table = self._checked(shard, file.read)
             latents = table["latent"].to_numpy()
             counts[latents] += table["count"].to_numpy()
             maxima[latents] = np.maximum(maxima[latents], table["maximum"].to_numpy())
         return counts, maxima
 
-    def _windows(self, pooled: bool = False) -> Iterator[tuple[int, pa.Table]]:
+    def _windows(self, pooled: bool = False) -> Iterator[pa.Table]:
         for shard in range(self.num_shards):
             with self._open("windows", shard) as file:
-                table = self._checked(shard, lambda file=file: file.read())
-            yield shard, (table.filter(table["pool"]) if pooled else table).select(WINDOW_FIELDS.names)
+                table = self._checked(shard, file.read)
+            yield (table.filter(table["pool"]) if pooled else table).select(WINDOW_FIELDS.names)
 
     def _rows(self, shard: int, low: int, high: int) -> Rows:
         with self._open("rows", shard) as file:
@@ -113,7 +115,7 @@ class CoderScans:
                 statistics = file.metadata.row_group(number).column(0).statistics
                 if statistics.min < high and statistics.max >= low:
                     groups.append(number)
-            table = self._checked(shard, lambda: file.read_row_groups(groups)).combine_chunks()
+            table = self._checked(shard, partial(file.read_row_groups, groups)).combine_chunks()
         latents = table["latent"].to_numpy()
         start, stop = np.searchsorted(latents, [low, high])
         return _to_rows(table.slice(start, stop - start))
@@ -122,7 +124,7 @@ class CoderScans:
         name = scan_file(self.coder, kind, shard)
         return self._checked(shard, lambda: pq.ParquetFile(self.work.open(name), page_checksum_verification=True))
 
-    def _checked(self, shard: int, read):  # type: ignore[no-untyped-def]
+    def _checked(self, shard: int, read: Callable[[], Read]) -> Read:
         """What `read` returns; a shard that is damaged after it was done is made again by the next run."""
         try:
             return read()

@@ -114,7 +114,7 @@ def run_orders(pool: Pool[Order], orders: Sequence[Order]) -> Iterator[tuple[Ord
     run_id = uuid.uuid4().hex
     tell = partial(_tell_if_waiting, pool, run_id)
     # Closed at once: what is left of a pool would keep its processors from the next run in this process.
-    with _context(), closing(_quietly(_pipeline(pool, orders, run_id).iter_rows(), tell)) as rows:
+    with run_context(), closing(_quietly(_pipeline(pool, orders, run_id).iter_rows(), tell)) as rows:
         while len(lost) <= MAX_LOST_SHARDS and (row := _next_row(pool, rows, left)) is not None:
             order = left[row["index"]]
             if row["error_kind"] == UserError.__name__:
@@ -138,7 +138,7 @@ def _next_row(pool: Pool[Order], rows: Iterator[dict[str, Any]], left: Mapping[i
         return next(rows, None)
     except Exception as error:
         fault = last_fault(pool.folder, list(left.values()))
-        raise _translated(error, fault) from (error if is_verbose() else None)
+        raise translated(error, fault) from (error if is_verbose() else None)
 
 
 def _quietly(rows: Iterable[dict[str, Any]], tell: Callable[[TextIO], None]) -> Generator[dict[str, Any], None, None]:
@@ -206,7 +206,7 @@ def _pipeline(pool: Pool[Order], orders: Sequence[Order], run_id: str) -> ray.da
 
 
 @contextmanager
-def _context() -> Iterator[None]:
+def run_context() -> Iterator[None]:
     """Ray Data's settings for this run, put back afterwards."""
     context = ray.data.DataContext.get_current()
     wanted = {
@@ -225,7 +225,7 @@ def _context() -> Iterator[None]:
             setattr(context, name, value)
 
 
-def _translated(error: BaseException, fault: str) -> Exception:
+def translated(error: BaseException, fault: str) -> Exception:
     """What an actor raised, in one line: the user's error if there is one at the bottom, else a failed run.
 
     `fault` is what a device said, if one failed.

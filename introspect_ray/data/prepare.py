@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import typing
 from collections import Counter
 from collections.abc import Collection
@@ -28,6 +29,7 @@ from introspect_ray.features.card import coder_folder
 from introspect_ray.features.sae import check_sae
 from introspect_ray.tasks.base import Plan, Task, stable_id
 
+logger = logging.getLogger(__name__)
 _READERS = 4
 """Shards of earlier runs that are read at once."""
 
@@ -101,8 +103,10 @@ def prepare(config: GenerateConfig, task: Task) -> Prepared:
     """Check a run from end to end and plan it. Raises UserError; reads no weights and writes nothing."""
     target = identify_target(config.target)
     _check_blocks(config, target)
-    _check_sae(config, target)
     source = load_source(config.source, task.name, task.source_formats)
+    needs_sae = config.task == "feature_description" and any(row.get("vector") is None for row in source.rows)
+    if needs_sae:
+        _check_sae(config, target)
     _check_layers(source, target)
     plan = task.plan(source.rows, config, splitter(config.split))
     rejected = _account(source, plan, task)
@@ -110,7 +114,7 @@ def prepare(config: GenerateConfig, task: Task) -> Prepared:
         f"target {target.path}": stable_id(target.model_dump()),
         f"source {source.name}": plan_digest(plan),
     }
-    if config.task == "feature_description":
+    if needs_sae:
         inputs[f"SAE {config.feature_description.sae}"] = folder_digest(coder_folder(config.feature_description.sae))
     prepared = Prepared(config, task, Folder(config.output), target, source, plan, rejected, inputs)
     prepared.claim.check()
@@ -148,8 +152,6 @@ def _check_blocks(config: GenerateConfig, target: TargetIdentity) -> None:
 
 
 def _check_sae(config: GenerateConfig, target: TargetIdentity) -> None:
-    if config.task != "feature_description":
-        return
     path = config.feature_description.sae
     card = check_sae(path, target.width)
     if card.layer >= target.num_layers:
@@ -157,6 +159,8 @@ def _check_sae(config: GenerateConfig, target: TargetIdentity) -> None:
             f"SAE path '{path}' is of layer {card.layer}, but {target.path} has {target.num_layers} layers:"
             f" expected 0 to {target.num_layers - 1}"
         )
+    if note := card.other_model(target.path):
+        logger.warning("SAE path '%s': %s", path, note)
 
 
 def _check_layers(source: Source, target: TargetIdentity) -> None:

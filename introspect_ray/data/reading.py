@@ -10,7 +10,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
@@ -184,12 +184,13 @@ def _parquet(path: str, content: bytes) -> list[Any]:
 def open_parquet(path: str) -> Iterator[pq.ParquetFile]:
     """A Parquet file to be read in parts. A problem of it, met inside the block too, is a UserError that names it."""
     try:
-        with (
-            storage_errors(f"source {path} cannot be read", (FileNotFoundError, pa.ArrowException, OSError)),
-            fsspec.open(path, "rb") as content,
-            _parquet_file(path, content) as file,
-        ):
-            yield file
+        with ExitStack() as stack:
+            with storage_errors(f"source {path} cannot be read", (FileNotFoundError,)):
+                content = stack.enter_context(fsspec.open(path, "rb"))
+            stack.enter_context(
+                storage_errors(f"source {path} cannot be read", (FileNotFoundError, pa.ArrowException, OSError))
+            )
+            yield stack.enter_context(_parquet_file(path, content))
     except FileNotFoundError:
         raise UserError(f"source {path} does not exist") from None
 

@@ -173,7 +173,7 @@ def scan_texts(
 ) -> list[Scan]:
     """What is kept of each coder's activations on these texts, batch by batch."""
     limits = limits_of(config)
-    inputs = CoderInputs(scanner.model, [(coder.layer, coder.kind) for coder in scanner.coders])
+    inputs = CoderInputs(scanner.model, [(coder.layer, coder.reads) for coder in scanner.coders])
     collectors = [Collector(coder.num_latents, limits) for coder in scanner.coders]
     tables: list[pa.Table] = [WINDOW_FIELDS.empty_table()]
     for start in range(0, len(texts), config.texts_per_batch):
@@ -197,7 +197,7 @@ def _firings(coders: Sequence[SparseCoder], inputs: CoderInputs, cuts: Cuts) -> 
     for contexts, read in inputs.batches(cuts.contexts):
         tokens = np.concatenate([np.arange(first[index], first[index + 1]) for index in contexts])
         for coder, found in zip(coders, parts, strict=True):
-            found.append(firings_of(coder, read[(coder.layer, coder.kind)], tokens))
+            found.append(firings_of(coder, read[coder.layer, coder.reads], tokens))
     return [
         Firings(
             np.concatenate([part.tokens for part in found]),
@@ -210,12 +210,15 @@ def _firings(coders: Sequence[SparseCoder], inputs: CoderInputs, cuts: Cuts) -> 
 
 
 def firings_of(coder: SparseCoder, x: torch.Tensor, tokens: np.ndarray) -> Firings:
-    """What fires at vectors `x`, which are of these tokens; vectors with a NaN or infinity, before or after, apart."""
+    """What fires at vectors `x`, which are of these tokens; vectors with a NaN or infinity, before or after, apart.
+
+    A latent that goes below zero (AbsTopK) fires where it is above.
+    """
     active = coder.encode_sparse(x)
     vectors, values = active.vectors.cpu().numpy(), active.values.float().cpu().numpy()
     bad = ~torch.isfinite(x).all(dim=1).cpu().numpy()
     bad[vectors[~np.isfinite(values)]] = True
-    good = ~bad[vectors]
+    good = ~bad[vectors] & (values > 0)
     return Firings(tokens[vectors[good]], active.latents.cpu().numpy()[good], values[good], tokens[np.flatnonzero(bad)])
 
 

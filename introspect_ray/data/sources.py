@@ -284,6 +284,14 @@ def _latent_label(row: Mapping[str, Any]) -> SourceRow:
     }
 
 
+def _evaluation_vector(row: Mapping[str, Any]) -> SourceRow:
+    layer = _number(row["layer"], int)
+    if layer < 0:
+        raise Unusable("index_out_of_range")
+    kept = {"vector_id": _text(row["vector_id"]), "kind": _text(row["kind"]), "group": _text(row["group"])}
+    return {**kept, "layer": layer, "vector": _vector(row["vector"])}
+
+
 def _description(row: Mapping[str, Any]) -> SourceRow:
     """The preferred candidate of a latent; the others are acceptable too, and are no rows of their own."""
     layer, index, text = _number(row["layer"], int), _number(row["latent"], int), _text(row["text"])
@@ -351,6 +359,7 @@ LAYOUTS = (
     ),
     Layout("text", ("text",), lambda row: {"text": _text(row["text"])}),
     Layout("latent_labels", ("layer", "index", "description", "accepted", "score"), _latent_label, ("kind", "vector")),
+    Layout("vectors", ("vector_id", "kind", "layer", "group", "vector"), _evaluation_vector),
 )
 """All known layouts: NeelNanda/counterfact-tracing, ROME's nested counterfact, ROME's known facts, cais/mmlu, ours, and
-descriptions.jsonl."""
+descriptions.jsonl. `vectors` are those of collect_vectors.py."""

@@ -166,6 +166,12 @@ class Folder:
         with storage_errors(f"{self.url}/{name} cannot be deleted", _ABSENT), suppress(FileNotFoundError):
             filesystem.rm_file(f"{root}/{name}")
 
+    def remove_folder(self, name: str) -> None:
+        """Delete a folder inside with all that it holds; not an error if it is gone."""
+        filesystem, root = self._open()
+        with storage_errors(f"{self.url}/{name} cannot be deleted", _ABSENT), suppress(*_ABSENT):
+            filesystem.rm(f"{root}/{name}", recursive=True)
+
     def clear(self) -> None:
         """Delete all that is inside, folders too."""
         filesystem, root = self._open()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -22,7 +22,7 @@ from introspect_ray.features.descriptions import Score
 from introspect_ray.features.exemplar_text import CLOSE, LINE_BREAK, OPEN, cut, marked_text, one_line, strong_tokens
 from introspect_ray.features.exemplars import Exemplar, LatentExemplars
 from introspect_ray.features.judgements import Judgement, classification_scores
-from introspect_ray.models.chat import ChatModel, Conversation, Failure, ask
+from introspect_ray.models.chat import ChatModel, Choice, Conversation, Failure, ask
 
 Kind = Literal["detection", "fuzz"]
 YES, NO = "yes", "no"
@@ -71,26 +71,7 @@ class WindowScorer:
             for _, text in windows
         ]
         answers = iter(self.model.choose(questions, (YES, NO)))
-        judged: list[list[Judgement]] = []
-        for windows in shown:
-            rows = []
-            for exemplar, _ in windows:
-                answer = next(answers)
-                rows.append(
-                    Judgement(
-                        tokens=exemplar.window.pieces,
-                        activations=tuple(exemplar.activations.tolist()),
-                        distance=_distance(exemplar),
-                        activating=bool(exemplar.activations.any()),
-                        prediction=None if isinstance(answer, Failure) else answer.index == 0,
-                        probability=None
-                        if isinstance(answer, Failure) or answer.probabilities is None
-                        else answer.probabilities[0],
-                        reason=answer.reason if isinstance(answer, Failure) else None,
-                    )
-                )
-            judged.append(rows)
-        return judged
+        return [[_judgement(exemplar, next(answers)) for exemplar, _ in windows] for windows in shown]
 
     def score(self, pairs: Sequence[tuple[str, LatentExemplars]]) -> list[dict[str, Score]]:
         """The scores of `classification_scores` for each pair, their names after `detection/` or `fuzz/`."""
@@ -119,6 +100,16 @@ class WindowScorer:
             (one, marked_text(one.window.pieces, marks if marks.any() else _marks_at_random(one, usual, draw)))
             for one, marks in zip(windows, strong, strict=True)
         ]
+
+
+def _judgement(exemplar: Exemplar, answer: Choice | Failure) -> Judgement:
+    """What was answered about one window."""
+    activating = bool(exemplar.activations.any())
+    row = Judgement(exemplar.window.pieces, tuple(exemplar.activations.tolist()), _distance(exemplar), activating, None)
+    if isinstance(answer, Failure):
+        return replace(row, reason=answer.reason)
+    chance = None if answer.probabilities is None else answer.probabilities[0]
+    return replace(row, prediction=answer.index == 0, probability=chance)
 
 
 def _marks_at_random(exemplar: Exemplar, count: int, draw: random.Random) -> Bool[np.ndarray, " T"]:

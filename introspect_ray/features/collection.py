@@ -104,6 +104,11 @@ def joined(parts: Sequence[Rows]) -> Rows:
     )
 
 
+def in_order(rows: Rows) -> Rows:
+    """The rows by latent, split and window."""
+    return rows.take(np.lexsort((rows.windows, rows.splits, rows.latents)))
+
+
 @dataclass(frozen=True, eq=False)
 class Pool:
     """Windows of all splits, in order of their split, then of their priority."""
@@ -268,8 +273,7 @@ class Collector:
     def kept(self) -> tuple[Rows, Pool]:
         """The rows kept of all that passed, by latent, split and window; and the pool."""
         self._cut_back()
-        rows = self._rows
-        return rows.take(np.lexsort((rows.windows, rows.splits, rows.latents))), self._pool
+        return in_order(self._rows), self._pool
 
     def _may_stay(self, rows: Rows) -> Bool[np.ndarray, " R"]:
         groups = group_of(rows.latents, rows.splits)

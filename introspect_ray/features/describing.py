@@ -12,6 +12,7 @@ from introspect_ray.features.exemplar_text import (
     activation_list,
     cut,
     marked_text,
+    one_line,
     strong_tokens,
 )
 from introspect_ray.features.exemplars import Exemplar, LatentExemplars
@@ -77,7 +78,7 @@ def parse_description(completion: Completion) -> str | Failure:
     if said is None:
         return Failure("unfinished_thought", completion.text[:80], completion.cost)
     lines = [line.strip() for line in said.splitlines() if line.strip() and not line.strip().startswith("```")]
-    text = _LABEL.sub("", lines[0], count=1).strip() if lines else ""
+    text = one_line(_LABEL.sub("", lines[0], count=1)).strip() if lines else ""
     if len(text) > 1 and (text[0], text[-1]) in _QUOTES:
         text = text[1:-1].strip()
     if not any(character.isalnum() for character in text):

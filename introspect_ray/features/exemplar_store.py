@@ -248,26 +248,25 @@ class ExemplarStore:
 
     @cached_property
     def _stats_table(self) -> pa.Table:
-        return pq.read_table(io.BytesIO(self._content(LATENTS_NAME)))
+        return pq.ParquetFile(self._file(LATENTS_NAME), page_checksum_verification=True).read()
 
     def _open_block(self, number: int) -> _Block:
+        # Rows are read as latents are asked for; windows at once, because those of a latent lie all over the file.
         return _Block(
-            pq.ParquetFile(
-                pa.BufferReader(self._content(block_name("blocks", number))), page_checksum_verification=True
-            ),
-            pq.ParquetFile(
-                pa.BufferReader(self._content(block_name("windows", number))), page_checksum_verification=True
-            ).read(),
+            pq.ParquetFile(self._file(block_name("blocks", number)), page_checksum_verification=True),
+            pq.ParquetFile(self._file(block_name("windows", number)), page_checksum_verification=True).read(),
         )
 
-    def _content(self, name: str) -> bytes:
+    def _file(self, name: str) -> Any:
+        """A file to read parts of. Raises UserError if it is not there as the manifest says."""
+        filesystem, path = fsspec.core.url_to_fs(f"{self.url}/{name}")
         try:
-            content = _read(f"{self.url}/{name}")
+            size = filesystem.size(path)
+            if size != self.meta.files.get(name):
+                raise UserError(f"{self.url}/{name} has {size} bytes, {META_NAME} says {self.meta.files.get(name)}")
+            return filesystem.open(path, "rb")
         except OSError as error:
             raise UserError(f"{self.url}/{name} cannot be read: {error.strerror or error}") from None
-        if len(content) != self.meta.files.get(name):
-            raise UserError(f"{self.url}/{name} has {len(content)} bytes, {META_NAME} says {self.meta.files.get(name)}")
-        return content
 
 
 class _Block:
@@ -278,7 +277,8 @@ class _Block:
         self._windows = windows
         self._places = {window: place for place, window in enumerate(windows["window"].to_pylist())}
         self._splits = windows["split"].to_numpy()
-        self._random = np.flatnonzero(windows["random"].to_numpy(zero_copy_only=False))
+        random = np.flatnonzero(windows["random"].to_numpy(zero_copy_only=False))
+        self._random = [(int(self._splits[place]), windows["window"][int(place)].as_py()) for place in random]
         self._made: dict[int, Window] = {}
         groups = [rows.metadata.row_group(index).column(0).statistics for index in range(rows.num_row_groups)]
         self._first = np.array([group.min for group in groups], dtype=np.int64)
@@ -290,9 +290,8 @@ class _Block:
         fires = {row["window"]: row for row in rows if row["kind"] == RANDOM}
         random = [
             fires.get(window, {"window": window, "kind": RANDOM, "positions": (), "values": ()})
-            for place in self._random
-            if self._splits[place] in splits
-            for window in [self._windows["window"][int(place)].as_py()]
+            for split, window in self._random
+            if split in splits
         ]
         others = [
             [row for row in rows if row["kind"] == kind] for kind in range(len(KINDS)) if kind not in (TOP, RANDOM)

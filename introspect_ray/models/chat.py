@@ -6,9 +6,10 @@ An answer that did not come is a `Failure` with a reason, one for every conversa
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Failure:
     """Whether the same call may succeed at another time, or with other settings of the endpoint."""
 
 
+A = TypeVar("A", Completion | Failure, Choice | Failure)
+
 COST_CAP = "cost_cap"
 """Reason of a call that was not made because it could have cost more than what was left."""
 NO_CHOICE = "answer_is_no_choice"
@@ -74,6 +77,35 @@ class ChatModel(Protocol):
 
     def choose(self, conversations: Sequence[Conversation], choices: Sequence[str]) -> list[Choice | Failure]:
         """One of the choices each: by exact probabilities where the model has them, else as its answer says."""
+
+
+class Metered:
+    """A `ChatModel` that counts what another one answers."""
+
+    def __init__(self, model: ChatModel):
+        self.model = model
+        self.cost = 0.0
+        self.num_answers = 0
+        self.failures: Counter[str] = Counter()
+        """Reason -> calls that failed."""
+        self.may_pass: Counter[str] = Counter()
+        """Those of them that may succeed at another time."""
+
+    def complete(self, conversations: Sequence[Conversation], sample: int = 0) -> list[Completion | Failure]:
+        return self._counted(self.model.complete(conversations, sample))
+
+    def choose(self, conversations: Sequence[Conversation], choices: Sequence[str]) -> list[Choice | Failure]:
+        return self._counted(self.model.choose(conversations, choices))
+
+    def _counted(self, answers: list[A]) -> list[A]:
+        for answer in answers:
+            self.cost += answer.cost
+            if isinstance(answer, Failure):
+                self.failures[answer.reason] += 1
+                self.may_pass[answer.reason] += answer.may_pass
+            else:
+                self.num_answers += 1
+        return answers
 
 
 def ask(text: str) -> Conversation:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from introspect_ray.config import DescribeConfig, resolved
-from introspect_ray.data.chat_pool import check_chat
+from introspect_ray.data.chat_pool import check_chat, relevant_chat
 from introspect_ray.data.claim import Claim
 from introspect_ray.data.description_files import LEXICON, SUMMARY_FILE, lexicon_descriptions, write_descriptions
 from introspect_ray.data.identity import folder_digest
@@ -31,7 +31,13 @@ from introspect_ray.features.exemplar_store import SplitName, open_exemplars
 from introspect_ray.features.sae import check_sae
 from introspect_ray.models.chat import COST_CAP
 from introspect_ray.tasks.base import stable_id
-from introspect_ray.training.describers import Describe, chat_describer, explainer_describer, lexicon_describer
+from introspect_ray.training.describers import (
+    NO_WINDOW,
+    Describe,
+    chat_describer,
+    explainer_describer,
+    lexicon_describer,
+)
 
 FAILED_FILE = "failed.jsonl"
 EXEMPLAR_SPLIT: SplitName = "train"
@@ -81,8 +87,8 @@ class DescribeSummary:
 def describe_latents(config: DescribeConfig, progress: Progress) -> DescribeSummary:
     """Write what is left of the descriptions that `config` describes.
 
-    Raises UserError for bad input before any model loads, or if an endpoint refuses all calls; RunFailed if a cost
-    cap was reached, an endpoint cannot be reached, or too many latents are without a description.
+    Raises UserError for bad input before any model loads; RunFailed if a cost cap was reached, an endpoint answers
+    nothing, or too many latents are without a description.
     """
     prepared = _PREPARE[config.method](config)
     run_key = stable_id(_relevant(config), prepared.inputs, prepared.latents)
@@ -132,13 +138,14 @@ def _describe_shard(config: DescribeConfig, shards: list[list[LatentRow]], index
 
 def _check_shard(rows: Sequence[LatentRow]) -> None:
     """Stop where going on would fail alike: all calls are refused, or none came through."""
-    if any(row.candidates for row in rows):
+    failures = [one for row in rows for one in row.failures if one.reason != NO_WINDOW]
+    if any(row.candidates for row in rows) or not failures or not all(one.may_pass for one in failures):
         return
-    reasons = Counter(one.reason for row in rows for one in row.failures if one.may_pass)
-    if reasons.total() < sum(len(row.failures) for row in rows) or COST_CAP in reasons:
+    reasons = Counter(one.reason for one in failures)
+    if COST_CAP in reasons:
         return
     reason = reasons.most_common(1)[0][0]
-    detail = next(one.detail for row in rows for one in row.failures if one.reason == reason)
+    detail = next(one.detail for one in failures if one.reason == reason)
     raise RunFailed(
         f"the endpoint answered nothing about {len(rows)} latents, mostly {reason} ({detail});"
         " the same command asks again"
@@ -199,13 +206,13 @@ def _finish(
 
 
 def _prepare_chat(config: DescribeConfig) -> _Prepared:
-    check_chat(config.chat)
+    inputs = check_chat(config.chat)
     store = open_exemplars(config.exemplars)
     latents = _chosen(config, [(one.layer, one.latent) for one in store.latents()], f"exemplars {config.exemplars}")
     return _Prepared(
         f"llm:{_last_part(config.chat.name)}",
         latents,
-        {f"exemplars {config.exemplars}": store.meta.run_key},
+        inputs | {f"exemplars {config.exemplars}": store.meta.run_key},
         lambda spent: chat_describer(config, lambda latent: store.read(latent, EXEMPLAR_SPLIT), spent),
     )
 
@@ -264,12 +271,7 @@ def _relevant(config: DescribeConfig) -> dict[str, Any]:
     )
     tree = {name: value for name, value in resolved(config).items() if name not in aside}
     if config.method == "chat":
-        chat = dict(tree["chat"])
-        other = "local" if config.chat.kind == "endpoint" else "endpoint"
-        del chat[other]
-        if config.chat.kind == "endpoint":
-            chat["endpoint"] = {name: chat["endpoint"][name] for name in ("url", "model")}
-        tree["chat"] = chat
+        tree["chat"] = relevant_chat(config.chat)
     return tree
 
 

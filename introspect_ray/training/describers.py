@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from introspect_ray.config import DescribeConfig
 from introspect_ray.data.chat_pool import chat_model
 from introspect_ray.data.cluster import connect
-from introspect_ray.data.generate import check_resources
 from introspect_ray.data.latent_rows import Candidate, FailedAnswer, LatentRow, failed_answer
+from introspect_ray.data.pool import check_resources
 from introspect_ray.explainer.query import Query, Vector
 from introspect_ray.features.describing import description_question, parse_description
 from introspect_ray.features.descriptions import Description

@@ -3,10 +3,21 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from exemplar_helpers import exemplar
+from explainer_helpers import tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import introspect_ray.training.describe as describe_module
-from introspect_ray.config import ActorConfig, ChatConfig, DescribeConfig, ExplainerConfig, LocalChatConfig
+from introspect_ray.config import (
+    POCKET_FEATURES,
+    ActorConfig,
+    ChatConfig,
+    DescribeConfig,
+    ExplainerConfig,
+    LocalChatConfig,
+    ModelConfig,
+)
 from introspect_ray.data.chat_pool import chat_model
 from introspect_ray.data.cluster import connect
 from introspect_ray.data.description_files import read_descriptions
@@ -43,11 +54,30 @@ def _cluster():
             yield
 
 
+def talkative(folder):
+    """A random model that reads whole prompts, byte by byte, and says some letters."""
+    text = tokenizer()
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig(**shape, vocab_size=len(text), max_position_embeddings=4096, initializer_range=0.2)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    text.save_pretrained(folder)
+    return ModelConfig(path=str(folder))
+
+
 def test_a_local_chat_model_on_actors_says_what_it_says_in_one_process(tmp_path, monkeypatch):
     monkeypatch.setattr(describe_module, "open_exemplars", lambda _: Store())
-    chat = ChatConfig(local=LocalChatConfig(batch_size=2), max_tokens=5, temperature=0.8)
+    model = talkative(tmp_path / "model")
+    chat = ChatConfig(local=LocalChatConfig(model=model, batch_size=2), max_tokens=12, temperature=0.8)
     config = DescribeConfig(
-        method="chat", output=str(tmp_path), chat=chat, num_candidates=2, actors=TWO, max_failed_share=1.0, seed=3
+        method="chat",
+        output=str(tmp_path / "out"),
+        chat=chat,
+        num_candidates=2,
+        actors=TWO,
+        max_failed_share=1.0,
+        seed=3,
     )
     summary = describe_latents(config, lambda *_: None)
     alone = LocalChat.load(chat, seed=3)
@@ -58,16 +88,17 @@ def test_a_local_chat_model_on_actors_says_what_it_says_in_one_process(tmp_path,
         said = [parse_description(one) for one in answers if isinstance(one, Completion)]
         expected[latent] = list(dict.fromkeys(text for text in said if isinstance(text, str)))
     found = {latent: [] for latent in expected}
-    for one in read_descriptions(str(tmp_path)):
+    for one in read_descriptions(str(tmp_path / "out")):
         found[one.latent].append(one.text)
-        assert (one.layer, one.source) == (1, "llm:pocket:target_a")
+        assert (one.layer, one.source) == (1, "llm:model")
     assert found == expected and summary.num_latents == len(WORDS)
+    assert sum(map(len, found.values())) > len(WORDS)
 
 
 def test_choices_on_actors_come_in_order_and_a_broken_model_is_the_users_error(tmp_path):
     config = ChatConfig(local=LocalChatConfig(batch_size=2))
     questions = [ask(f"{word} is a city. " * (n + 1)) for n, word in enumerate(WORDS)]
-    with chat_model(config, TWO, seed=0) as model:
+    with chat_model(config, ActorConfig(), seed=0) as model:
         found = model.choose(questions, ("yes", "no"))
     expected = LocalChat.load(config, seed=0).choose(questions, ("yes", "no"))
     for one, other in zip(found, expected, strict=True):
@@ -86,6 +117,7 @@ def test_an_explainer_on_actors_describes_decoder_rows(tmp_path):
         method="explainer",
         explainer=str(tmp_path / "mine"),
         output=str(tmp_path / "out"),
+        features=POCKET_FEATURES,
         limit=6,
         latents_per_shard=4,
         actors=TWO,
@@ -100,4 +132,4 @@ def test_an_explainer_on_actors_describes_decoder_rows(tmp_path):
     assert [(one.latent, one.text) for one in found] == [
         (latent, text) for latent, text in enumerate(said) if isinstance(text, str)
     ]
-    assert {one.source for one in found} <= {"explainer:mine"}
+    assert {one.source for one in found} == {"explainer:mine"}

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from introspect_ray.config import ConvertDescriptionsConfig, SourceConfig
-from introspect_ray.data.description_files import best, convert_descriptions, lexicon_descriptions, read_descriptions
+from introspect_ray.data.convert_descriptions import best, convert_descriptions
+from introspect_ray.data.description_files import lexicon_descriptions, read_descriptions
 from introspect_ray.data.sources import load_source
 from introspect_ray.errors import UserError
 from introspect_ray.features.delphi import explanation_file
@@ -85,6 +86,22 @@ def test_ours_to_neuronpedia_and_back_is_exact(tmp_path):
     assert tree(tmp_path / "np2") == tree(tmp_path / "np")
 
 
+def test_folders_may_be_any_url(tmp_path):
+    ours = [Description(1, 4, "cats", "a")]
+    (tmp_path / "descriptions.jsonl").write_text(description_lines(ours))
+    store = f"memory://{tmp_path.name}"
+    for source, output, source_format, output_format in (
+        (tmp_path, f"{store}/np", "descriptions", "neuronpedia"),
+        (f"{store}/np", f"{store}/ours", "neuronpedia", "descriptions"),
+        (f"{store}/ours", f"{store}/delphi", "descriptions", "delphi"),
+        (f"{store}/delphi", f"{store}/back", "delphi", "descriptions"),
+    ):
+        settings = {"source_format": source_format, "output_format": output_format}
+        convert_descriptions(ConvertDescriptionsConfig(source=str(source), output=output, **settings))
+    assert read_descriptions(f"{store}/ours") == ours
+    assert read_descriptions(f"{store}/back/descriptions.jsonl") == [Description(1, 4, "cats", "delphi")]
+
+
 def test_of_several_candidates_delphi_gets_the_best_by_the_score_and_the_others_are_counted(tmp_path):
     ours = [
         Description(1, 4, "cats", "a", {"sim": None}),
@@ -95,7 +112,7 @@ def test_of_several_candidates_delphi_gets_the_best_by_the_score_and_the_others_
     assert [best(ours, "sim").text, best(ours, None).text, best(ours, "other").text] == ["pets", "cats", "cats"]
     assert best(ours[:2], "sim").text == "felines"
     (tmp_path / "descriptions.jsonl").write_text(description_lines(ours))
-    _, summary = convert(tmp_path, tmp_path / "d", "descriptions", "delphi", delphi_scorer="sim")
+    _, summary = convert(tmp_path, tmp_path / "d", "descriptions", "delphi", delphi_best_by="sim")
     assert summary["not_used"] == {"delphi_holds_one_per_latent": 3}
     assert tree(tmp_path / "d") == {"explanations/layers.1_latent4.txt": b'"pets"'}
     reasons = [json.loads(line) for line in (tmp_path / "d/unused.jsonl").read_text().splitlines()]

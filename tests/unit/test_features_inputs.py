@@ -27,47 +27,41 @@ def collected(model, sites):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sites_read_what_a_whole_pass_leaves_there(family):
     model = tiny_model(family)
-    found = collected(model, [(0, "sae"), (1, "sae")])
+    found = collected(model, [(0, "residual"), (1, "residual")])
     for layer in (0, 1):
         expected = torch.cat([clean_residuals(model, context)[layer, 1:] for context in CONTEXTS])
-        torch.testing.assert_close(found[layer, "sae"], expected, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(found[layer, "residual"], expected, atol=2e-5, rtol=1e-4)
 
 
 def test_a_transcoder_reads_before_the_mlp_of_its_layer():
     model = tiny_model("llama")
-    sites = [(1, "transcoder"), (0, "sae"), (2, "transcoder"), (1, "sae")]
+    sites = [(1, "mlp_input"), (0, "residual"), (2, "mlp_input"), (1, "residual")]
     found = collected(model, sites)
     for layer in (1, 2):
         expected, _ = mlp_inputs_outputs(model, CONTEXTS, layer)
-        torch.testing.assert_close(found[layer, "transcoder"], expected, atol=2e-5, rtol=1e-4)
-    assert torch.equal(found[0, "sae"], collected(model, [(0, "sae")])[0, "sae"])
+        torch.testing.assert_close(found[layer, "mlp_input"], expected, atol=2e-5, rtol=1e-4)
+    assert torch.equal(found[0, "residual"], collected(model, [(0, "residual")])[0, "residual"])
 
 
 def test_nothing_runs_behind_the_last_site():
     model = tiny_model("llama")
     ran = []
     for number, layer in enumerate(decoder_layers(model)):
-        layer.register_forward_hook(lambda *_, number=number: ran.append(number))
-        layer.mlp.register_forward_hook(lambda *_, number=number: ran.append(f"mlp {number}"))
-    collected(model, [(1, "transcoder")])
-    assert set(ran) == {"mlp 0", 0}
-    ran.clear()
-    collected(model, [(1, "sae")])
-    assert 1 in ran and 2 not in ran and "mlp 2" not in ran
+        layer.mlp.register_forward_hook(lambda *_, number=number: ran.append(number))
+    collected(model, [(0, "residual"), (1, "residual")])
+    assert set(ran) == {0, 1}
 
 
 def test_no_hook_outlives_an_error():
     model = tiny_model("llama")
     layer = decoder_layers(model)[1]
     with pytest.raises(IndexError):
-        list(CoderInputs(model, [(1, "sae"), (1, "transcoder")]).batches([[1, 2], [1, 10**6]]))
-    assert not layer._forward_hooks and not layer.mlp._forward_pre_hooks
+        list(CoderInputs(model, [(1, "residual"), (1, "mlp_input")]).batches([[1, 2], [1, 10**6]]))
+    assert not layer._forward_hooks and not layer.mlp._forward_hooks
 
 
-def test_places_that_are_not_there_are_refused():
+def test_a_place_that_is_not_there_is_refused():
     model = tiny_model("gptj")
-    with pytest.raises(UserError, match="a coder is of layer 7: GPTJForCausalLM has 3 layers"):
-        CoderInputs(model, [(7, "sae")])
     del decoder_layers(model)[1].mlp
     with pytest.raises(UserError, match="decoder layer 1 of GPTJForCausalLM has no part named mlp"):
-        CoderInputs(model, [(1, "transcoder")])
+        list(CoderInputs(model, [(1, "mlp_input")]).batches([[1, 2]]))
