@@ -38,6 +38,9 @@ class TrainSimulatorConfig(Config):
     balanced_share: Fraction = 0.7
     """Share of the steps over which weights go from equal ones to those of the natural base rate. Where almost every
     token is silent, what makes a latent fire is learnt late or never; the steps after that learn how rarely it does."""
+    copy_share: Annotated[float, Field(ge=0)] = 1.0
+    """Made-up examples per example, described by words of their own window, on which they fire: for models that do not
+    compare texts by themselves, such as small ones. They fade out while weights become natural; 0 makes none."""
     held_out_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the descriptions that are not trained on, so that what is learnt of them can be told from what is known
     of others; which ones is a hash of their text."""

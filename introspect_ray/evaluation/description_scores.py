@@ -9,6 +9,7 @@ A scorer is anything with the one method of `DescriptionScorer`; simulation is h
 from __future__ import annotations
 
 import json
+import logging
 import math
 import random
 from collections import Counter
@@ -18,16 +19,22 @@ from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from introspect_ray.errors import UserError
 from introspect_ray.evaluation.intervals import Bootstrap, Interval, bootstrap_mean
 from introspect_ray.evaluation.page import render_page
 from introspect_ray.features.descriptions import Description, Score, by_latent
 from introspect_ray.features.exemplars import Exemplar, LatentExemplars
+from introspect_ray.interventions.memory import is_device_error
 from introspect_ray.simulator.base import Simulator
 from introspect_ray.simulator.base_rate import natural_weights
 from introspect_ray.simulator.filter import TokenLookup, measure
-from introspect_ray.simulator.scores import NEVER_FIRES, NO_WINDOWS, simulation_scores
+from introspect_ray.simulator.scores import METRICS, NEVER_FIRES, NO_WINDOWS, simulation_scores
 
 Control = Literal["shuffled", "empty"]
+logger = logging.getLogger(__name__)
+
+FAILED = "failed"
+"""Reason of a score whose computation raised; the log says what."""
 STAGE_METRICS = ("first_stage_recall", "first_stage_skipped")
 CONTROLS: tuple[Control, ...] = ("shuffled", "empty")
 Pair = tuple[str, LatentExemplars]
@@ -40,7 +47,8 @@ class DescriptionScorer(Protocol):
     """One way to tell how good descriptions are."""
 
     def score(self, pairs: Sequence[Pair]) -> Sequence[Scores]:
-        """Named scores of each pair. What cannot be computed is a score with a reason; nothing is left out."""
+        """Named scores of each pair. What cannot be computed is a score with a reason; nothing is left out or raised
+        because of one description."""
 
 
 class SimulationScorer:
@@ -63,7 +71,22 @@ class SimulationScorer:
         self.first_stage_share = first_stage_share
 
     def score(self, pairs: Sequence[Pair]) -> list[Scores]:
-        """Simulates all windows of all pairs in one call, so that batches are full."""
+        """All windows of all pairs are simulated in one call, so that batches are full; pair by pair if that raises.
+
+        A pair that breaks the simulator, such as one with too long a description, has the reason `failed`.
+        """
+        try:
+            return self._score(pairs)
+        except (UserError, RuntimeError, ValueError) as error:
+            if is_device_error(error):
+                raise  # nothing would work after it
+            if len(pairs) > 1:
+                return [self.score([pair])[0] for pair in pairs]
+            logger.warning("description %r cannot be simulated: %s", pairs[0][0][:80], error)
+            names = METRICS if self.first_stage_share is None else (*METRICS, *STAGE_METRICS)
+            return [dict.fromkeys(names, Score(None, FAILED))]
+
+    def _score(self, pairs: Sequence[Pair]) -> list[Scores]:
         windows: list[tuple[list[Exemplar], list[Exemplar]]] = []
         for _, held_out in pairs:
             seen = self.train[held_out.layer, held_out.latent]
@@ -176,6 +199,21 @@ def best_of(scored: Sequence[Scored], metric: str) -> list[Scored]:
 def _value(scored: Scored, metric: str) -> float:
     value = scored.scores[metric].value
     return -math.inf if value is None else value
+
+
+def score_all(
+    scorers: Sequence[DescriptionScorer],
+    descriptions: Sequence[Description],
+    held_out: Mapping[tuple[int, int], LatentExemplars],
+) -> list[Scored]:
+    """Every description with what all scorers say of it, by the held-out exemplars of its latent."""
+    pairs = [(one.text, held_out[one.layer, one.latent]) for one in descriptions]
+    merged: list[dict[str, Score]] = [{} for _ in pairs]
+    for scorer in scorers:
+        for scores, found in zip(merged, scorer.score(pairs), strict=True):
+            assert not scores.keys() & found.keys(), "two scorers use one name"
+            scores.update(found)
+    return [Scored(one, scores) for one, scores in zip(descriptions, merged, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ latents of the cross-entropy per token. K levels, N positions read.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -74,6 +75,22 @@ def training_pairs(
 
 def _reweighted(pair: Pair, factor: float) -> Pair:
     return Pair(pair.description, pair.exemplar, pair.maximum, pair.weight * factor, pair.latent)
+
+
+def copied(pair: Pair, draw: random.Random) -> Pair:
+    """A made-up latent that fires on some words of the pair's window, and is described by those words.
+
+    Half of the words at most, in any order: text that says where it is itself found, in every window and for every
+    word. It teaches to compare a description with the tokens of a window, with far more tokens that fire than latents
+    have; what descriptions mean beyond their words is left to the latents.
+    """
+    window = pair.exemplar.window
+    pieces = [piece.strip() for piece in window.pieces]
+    words = sorted({piece for piece in pieces if piece})
+    chosen = draw.sample(words, draw.randint(1, max(1, len(words) // 2))) if words else []
+    levels = np.array([float(piece in chosen) if piece else 0.0 for piece in pieces])
+    text = f"the word{'s' * (len(chosen) > 1)} {' '.join(chosen)}"
+    return Pair(text, Exemplar(window, levels, "random"), 1.0, 1.0, pair.latent)
 
 
 @dataclass(frozen=True, eq=False)

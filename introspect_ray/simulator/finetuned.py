@@ -1,7 +1,7 @@
 """Fine-tuned simulators: description and window in one pass, the level of a token read at the token itself.
 
-    ids      prefix (begin-of-text, description)      window
-    logits                                            the 11 level tokens, at every token of the window
+    ids      begin-of-text, description, separator      window
+    logits                                              the 11 level tokens, at every token of the window
 
 On disk: a Hugging Face folder with `simulator.json`, written last. P1's published simulator is the same idea with
 another prefix, the first 11 tokens of the vocabulary as levels, and special tokens that were given new ids.
@@ -51,6 +51,8 @@ class SimulatorCard(BaseModel):
     """Tokens of the levels 0..10."""
     prefix: str
     """What stands before a window, with `{description}` in it."""
+    separator: int | None = None
+    """Special token between the two, which no description can spell; none if the prefix's own text has to do."""
     base: str
     """Model that training started from."""
 
@@ -60,9 +62,19 @@ class SimulatorCard(BaseModel):
         return PUBLISHED_IDS if self.layout == "published" else {}
 
 
-def own_card(base: str) -> SimulatorCard:
-    """The layout that we train: the description in a line of its own, the first tokens of the vocabulary as levels."""
-    return SimulatorCard(layout="own", level_ids=tuple(range(NUM_LEVELS)), prefix="{description}\n", base=base)
+def own_card(base: str, tokenizer: PreTrainedTokenizerBase) -> SimulatorCard:
+    """The layout that we train: description, end-of-text, window; the first tokens of the vocabulary as levels.
+
+    One token that stands nowhere else tells from its first layer on what is description and what is window.
+    """
+    separator = tokenizer.eos_token_id
+    return SimulatorCard(
+        layout="own",
+        level_ids=tuple(range(NUM_LEVELS)),
+        prefix="{description}" if separator is not None else "{description}\n",
+        separator=separator,
+        base=base,
+    )
 
 
 class FinetunedSimulator:
@@ -79,7 +91,8 @@ class FinetunedSimulator:
     @classmethod
     def create(cls, config: ModelConfig) -> FinetunedSimulator:
         """An untrained one of our layout, its weights those of `config`."""
-        return cls(load_model(config), load_tokenizer(config), own_card(config.path))
+        tokenizer = load_tokenizer(config)
+        return cls(load_model(config), tokenizer, own_card(config.path, tokenizer))
 
     @classmethod
     def load(cls, config: ModelConfig) -> FinetunedSimulator:
@@ -127,7 +140,9 @@ class FinetunedSimulator:
         """Ids of the prefix. Special tokens that a description spells stay text."""
         if self.card.layout == "own":
             description = " ".join(description.split())
-        return self._moved(encode_text(self.tokenizer, self.card.prefix.format(description=description), self._add_bos))
+        before, after = self.card.prefix.split("{description}")
+        ids = encode_text(self.tokenizer, before + description + after, self._add_bos)
+        return self._moved([*ids, *([] if self.card.separator is None else [self.card.separator])])
 
     def read(self, window: Window) -> Reading:
         """Ids of a window, and where its levels are read."""
@@ -164,6 +179,6 @@ def read_simulator_card(folder: str) -> SimulatorCard:
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{file}: field {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    if len(card.level_ids) != NUM_LEVELS or "{description}" not in card.prefix:
+    if len(card.level_ids) != NUM_LEVELS or card.prefix.count("{description}") != 1:
         raise UserError(f"{file}: expected {NUM_LEVELS} level_ids and a prefix with {{description}}")
     return card

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,14 @@ from introspect_ray.data.storage import Folder
 from introspect_ray.errors import RunFailed, UserError
 from introspect_ray.evaluation.description_scores import (
     CONTROLS,
+    FAILED,
     DescriptionScorer,
     Scored,
     SimulationScorer,
     best_of,
     control_descriptions,
     render_scores,
+    score_all,
     summarise,
     summary_json,
     summary_table,
@@ -45,17 +47,13 @@ from introspect_ray.evaluation.intervals import Bootstrap
 from introspect_ray.explainer.card import is_remote
 from introspect_ray.features.descriptions import Description, Score, by_latent, description_lines
 from introspect_ray.features.exemplar_store import ExemplarStore, open_exemplars
-from introspect_ray.features.exemplars import LatentExemplars
 from introspect_ray.simulator.base import Simulator
 from introspect_ray.simulator.cache import CachedSimulator
 from introspect_ray.simulator.loading import check_simulator, load_simulator
-from introspect_ray.simulator.scores import METRICS
 from introspect_ray.tasks.base import stable_id
 from introspect_ray.training.simulator_run import absolute, candidates_of, drawn, is_held_out
 
 SCORES_NAME, REPORT_NAME, BEST_NAME, CONTROLS_NAME = "scores.json", "report.html", "best.jsonl", "controls.jsonl"
-FAILED = "failed"
-"""Reason of a score whose computation raised; the log says what."""
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, str], None]
@@ -112,42 +110,27 @@ class ScoreWorker:
         return "", ""
 
 
-def write_shard(config: ScoreDescriptionsConfig, store: ExemplarStore, simulator: Simulator, shard: Shard) -> None:
-    """Score the descriptions of a shard and write them in one step."""
+def write_shard(
+    config: ScoreDescriptionsConfig,
+    store: ExemplarStore,
+    simulator: Simulator,
+    shard: Shard,
+    others: Sequence[DescriptionScorer] = (),
+) -> None:
+    """Score the descriptions of a shard and write them in one step. `others`: scorers beside simulation."""
     latents = {(one.layer, one.latent) for one in shard.descriptions}
     held_out = {key: store.read(key[1], config.held_out) for key in latents}
     train = {key: store.read(key[1], "train") for key in latents}
     if config.simulator.cache_tokens:
         simulator = CachedSimulator(simulator, config.simulator.cache_tokens)
     share = config.first_stage_share if config.first_stage == "tokens" else None
-    scored = score_all(SimulationScorer(simulator, train, share), shard.descriptions, held_out)
+    scored = score_all([SimulationScorer(simulator, train, share), *others], shard.descriptions, held_out)
     rows = [
         {"description": asdict(one.description), "scores": {name: asdict(score) for name, score in one.scores.items()}}
         for one in scored
     ]
     content = {"run_key": shard.run_key, "shard": shard.index, "rows": rows}
     Folder(config.output).write(shard.name, json.dumps(content, ensure_ascii=False, allow_nan=False).encode())
-
-
-def score_all(
-    scorer: DescriptionScorer,
-    descriptions: Sequence[Description],
-    held_out: Mapping[tuple[int, int], LatentExemplars],
-    names: Sequence[str] = METRICS,
-) -> list[Scored]:
-    """Every description with its scores. One that breaks the scorer has the reason `failed`, the others their scores.
-
-    All at once first, because that fills batches; one by one if that raises.
-    """
-    pairs = [(one.text, held_out[one.layer, one.latent]) for one in descriptions]
-    try:
-        found = list(scorer.score(pairs))
-    except (UserError, RuntimeError, ValueError) as error:
-        if len(pairs) == 1:
-            logger.warning("%s: %s", descriptions[0].text[:80], error)
-            return [Scored(descriptions[0], dict.fromkeys(names, Score(None, FAILED)))]
-        return [row for one in descriptions for row in score_all(scorer, [one], held_out, names)]
-    return [Scored(one, scores) for one, scores in zip(descriptions, found, strict=True)]
 
 
 def read_shard(folder: Folder, shard: Shard) -> list[Scored] | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -20,9 +21,9 @@ from typing import Any
 import torch
 
 from introspect_ray.config import TrainSimulatorConfig
-from introspect_ray.errors import RunFailed, UserError
+from introspect_ray.errors import RunFailed, StorageError, UserError
 from introspect_ray.features.exemplar_store import open_exemplars
-from introspect_ray.simulator.examples import LevelExample, Pair, encode_pair, level_loss, training_pairs
+from introspect_ray.simulator.examples import LevelExample, Pair, copied, encode_pair, level_loss, training_pairs
 from introspect_ray.simulator.finetuned import FinetunedSimulator
 from introspect_ray.training.batches import micro_batches, share, step_indices, step_seed
 from introspect_ray.training.checkpoint import Checkpoints, CheckpointStore, Tell, TrainState
@@ -47,6 +48,8 @@ def train_simulator_loop(settings: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, int(run.config.trainer.cpus_per_worker)))
     try:
         fit(run, workers, tell=lambda line: settings["notices"].add.remote(line))
+    except StorageError:
+        raise  # Ray ends the group, and another one tries
     except (UserError, RunFailed) as error:
         if workers.rank == 0:
             run.record({"failure": str(error), "by_user": isinstance(error, UserError)})
@@ -56,6 +59,7 @@ def fit(run: SimulatorRun, workers: Workers, tell: Tell = logger.warning) -> dic
     """Train from the newest checkpoint, or the start, to the end, and export the simulator; returns the results.
 
     Raises:
+        StorageError: on one worker or more; trying again goes on where this attempt came to.
         UserError: the model does not load, or exemplars or descriptions cannot be read.
         RunFailed: loss or gradient became NaN or infinite, or another worker could not start.
     """
@@ -87,6 +91,8 @@ def _build_together(run: SimulatorRun, workers: Workers) -> tuple[FinetunedSimul
     error: UserError | None = None
     try:
         simulator, strata = build(run.config)
+    except StorageError:
+        raise  # others wait for this worker until Ray ends the group
     except UserError as found:
         error = found
     everyone = workers.all_true(error is None, workers.device)
@@ -136,7 +142,9 @@ class SimulatorStepper:
         self._weights = [part for pairs, part in kept if pairs]
 
     def step(self, number: int, optimizer: torch.optim.AdamW) -> tuple[float, int, float]:
-        """Do optimizer step `number`, counted from 0: loss (mean over the examples), tokens, unclipped gradient norm.
+        """Do optimizer step `number`, counted from 0: loss, tokens, unclipped gradient norm.
+
+        The loss is the sum over all examples over `batch_size`: copies, while there are any, come on top.
 
         Raises:
             RunFailed: loss or gradient is not finite, on all workers alike; the latents of the batch are named.
@@ -149,7 +157,7 @@ class SimulatorStepper:
         total = torch.zeros(1, device=self.simulator.device)
         mine = share(range(len(chosen)), lengths, self.workers.rank, self.workers.size)
         for rows in micro_batches([[index] for index in mine], lengths, self.config.trainer.micro_batch_tokens):
-            total += self._backward([chosen[index] for row in rows for index in row], len(chosen))
+            total += self._backward([chosen[index] for row in rows for index in row], settings.batch_size)
         loss = float(self.trainable.sum_gradients(total))
         grad_norm = self.trainable.clip_gradients(settings.max_grad_norm)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -168,7 +176,15 @@ class SimulatorStepper:
         chosen = step_indices(number, config.optimization.batch_size, self._sizes, config.seed, weights=self._weights)
         power = weight_power(number, config.optimization.steps, config.balanced_share)
         examples = [encode_pair(self.simulator, self._pairs[index]) for index in chosen]
-        return [replace(example, weight=example.weight**power) for example in examples]
+        copies = self._copies(number, 1 - power)
+        return [*(replace(example, weight=example.weight**power) for example in examples), *copies]
+
+    def _copies(self, number: int, weight: float) -> list[LevelExample]:
+        """Made-up examples of one step, see `copied`."""
+        count = round(self.config.copy_share * self.config.optimization.batch_size) if weight > 0 else 0
+        draw = random.Random(f"copies {self.config.seed} {number}")
+        pairs = [copied(self._pairs[draw.randrange(len(self._pairs))], draw) for _ in range(count)]
+        return [replace(encode_pair(self.simulator, pair), weight=weight) for pair in pairs]
 
     def _backward(self, batch: Sequence[LevelExample], count: int) -> torch.Tensor:
         """Add one micro-batch to the gradient of the mean over `count` examples; returns its part of that mean."""
@@ -192,12 +208,15 @@ def _steps(
     checkpoints: Checkpoints,
     log: Loggers | None,
 ) -> dict[str, Any]:
-    """All steps that are left; returns the last line of metrics."""
+    """All steps that are left, and a checkpoint of the last one, so that an export that fails costs no step.
+
+    Returns the last line of metrics.
+    """
     config = stepper.config
-    steps, last = config.optimization.steps, {}
+    steps = config.optimization.steps
     started, before = time.monotonic(), state.tokens
-    for number in range(state.step, steps):
-        loss, tokens, grad_norm = stepper.step(number, optimizer)
+    while state.step < steps:
+        loss, tokens, grad_norm = stepper.step(state.step, optimizer)
         state.step += 1
         state.tokens += tokens
         # Here a window's loss is summed over steps: every step has equally many examples.
@@ -206,10 +225,10 @@ def _steps(
         is_last = state.step == steps
         if state.step % config.trainer.log_every == 0 or is_last:
             now = time.monotonic()
-            last = {
+            state.metrics = {
                 "step": state.step,
                 "loss": state.window_loss / state.window_tokens,
-                "lr": learning_rate(number, config.optimization),
+                "lr": learning_rate(state.step - 1, config.optimization),
                 "tokens": state.tokens,
                 "grad_norm": grad_norm,
                 "tokens_per_second": (state.tokens - before) / max(now - started, 1e-9),
@@ -217,8 +236,8 @@ def _steps(
             state.window_loss, state.window_tokens = 0.0, 0
             started, before = now, state.tokens
             if log is not None:
-                log.append(last)
-        if not is_last and state.step % config.trainer.checkpoint_every == 0:
+                log.append(state.metrics)
+        if is_last or state.step % config.trainer.checkpoint_every == 0:
             checkpoints.start(state)
         checkpoints.settle(wait=is_last)
-    return last
+    return state.metrics

@@ -101,7 +101,10 @@ def run_workers(
     """
     with connect(), _watched(run, progress, note), notices() as actor:
         _check_resources(run.config.trainer)
-        return _fit_while_it_gets_on(run, actor, loop)
+        try:
+            return _fit_while_it_gets_on(run, actor, loop)
+        except StorageError as error:  # met by the driver itself
+            raise RunFailed(str(error)) from error
 
 
 class _WorkersLost(RunFailed):

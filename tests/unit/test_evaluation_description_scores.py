@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from introspect_ray.errors import UserError
 from introspect_ray.evaluation.description_scores import (
     STAGE_METRICS,
     DescriptionScorer,
@@ -13,6 +14,7 @@ from introspect_ray.evaluation.description_scores import (
     best_of,
     control_descriptions,
     render_scores,
+    score_all,
     summarise,
     summary_json,
     summary_table,
@@ -63,6 +65,30 @@ def test_simulation_scorer_scores_each_pair_on_fair_held_out_windows():
         assert found == simulation_scores(0.05, own, levels[0], fair, levels[1])
     values = [row["correlation"].value for row in scorer.score(pairs)]
     assert values[0] > 0.9 and values[2] > 0.9 and values[1] < 0.3
+
+
+def test_one_description_that_breaks_the_simulator_costs_no_other_its_scores(caplog):
+    train = {(0, 1): exemplars_of(1, 0)}
+    held = exemplars_of(1, 1)
+
+    class Breaks(Echo):
+        def simulate(self, descriptions, windows):
+            if "too long" in descriptions:
+                raise UserError("needs 600 positions of the simulator, which has 512")
+            return super().simulate(descriptions, windows)
+
+    class Length:
+        def score(self, pairs):
+            return [{"length": Score(float(len(text)))} for text, _ in pairs]
+
+    descriptions = [described(1, text) for text in ("a", "too long", "abc")]
+    rows = score_all([SimulationScorer(Breaks(), train), Length()], descriptions, {(0, 1): held})
+    expected = SimulationScorer(Echo(), train).score([("a", held), ("abc", held)])
+    assert [row.scores["length"].value for row in rows] == [1.0, 8.0, 3.0]
+    assert {name: rows[0].scores[name] for name in expected[0]} == expected[0]
+    assert {name: rows[2].scores[name] for name in expected[1]} == expected[1]
+    assert {score.reason for name, score in rows[1].scores.items() if name != "length"} == {"failed"}
+    assert "needs 600 positions" in caplog.text
 
 
 def test_a_first_stage_skips_and_says_what_it_loses():

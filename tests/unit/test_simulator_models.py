@@ -58,7 +58,7 @@ def test_shared_prefixes_and_padding_change_nothing(family, monkeypatch):
     model = tiny_model(family)
     monkeypatch.setattr("introspect_ray.simulator.passes.SHARED_FROM", 4)
     levels = class_tokens(range(20, 31))
-    base = (5, 6, 7)
+    base = tuple(range(43, 3, -1))  # longer than the sliding windows
     passes = LevelPasses(model, levels, base)
     assert passes.shares
     rows = [Reading(tuple(range(8 + n, 12 + 2 * n)), tuple(range(4 + n))) for n in range(4)]
@@ -103,20 +103,32 @@ def test_the_models_own_treatment_of_logits_stays():
     assert (uncapped - whole).abs().max() > 1e-3  # else the cap shows nothing
 
 
-def test_finetuned_reads_every_token_at_its_own_position(tokenizer):
+@pytest.mark.parametrize("has_end", [False, True])
+def test_finetuned_reads_every_token_at_its_own_position(has_end):
+    tokenizer = tiny_tokenizer(bos=True)
+    if has_end:
+        tokenizer.eos_token = "<pad>"
     model = wide_model(len(tokenizer))
-    simulator = FinetunedSimulator(model, tokenizer, own_card("base"))
+    simulator = FinetunedSimulator(model, tokenizer, own_card("base", tokenizer))
     descriptions, windows = pairs_of(tokenizer)
     for description, one, found in zip(descriptions, windows, simulator.simulate(descriptions, windows), strict=True):
-        prefix = tokenizer(" ".join(description.split()) + "\n").input_ids
+        text = " ".join(description.split())
+        prefix = [*tokenizer(text).input_ids, 0] if has_end else tokenizer(text + "\n").input_ids
         assert prefix[0] == tokenizer.bos_token_id
         ids = [*prefix, *one.ids]
         expected = plain_levels(model, ids, range(len(prefix), len(ids)), range(11), range(11))
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+def test_no_description_spells_the_separator():
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = "<pad>"
+    simulator = FinetunedSimulator(wide_model(len(tokenizer)), tokenizer, own_card("base", tokenizer))
+    assert simulator.encode("a <pad> b {description}").count(0) == 1
+
+
 def test_a_saved_simulator_gives_the_same_levels(tokenizer, tmp_path):
-    simulator = FinetunedSimulator(wide_model(len(tokenizer)), tokenizer, own_card("base"))
+    simulator = FinetunedSimulator(wide_model(len(tokenizer)), tokenizer, own_card("base", tokenizer))
     simulator.save(str(tmp_path / "s"))
     config = SimulatorConfig(model=ModelConfig(path=str(tmp_path / "s"), device="cpu"))
     assert check_simulator(config) == "finetuned"
@@ -246,7 +258,7 @@ def test_own_windows_are_read_by_id(tokenizer):
 
 
 def test_too_long_is_refused_in_words(tokenizer):
-    simulator = FinetunedSimulator(wide_model(len(tokenizer), positions=16), tokenizer, own_card("base"))
+    simulator = FinetunedSimulator(wide_model(len(tokenizer), positions=16), tokenizer, own_card("base", tokenizer))
     with pytest.raises(UserError, match=r"needs \d+ positions of the simulator, which has 16"):
         simulator.simulate(["cat " * 20], windows_of(tokenizer)[:1])
 

@@ -1,6 +1,7 @@
 """Training pairs and loss against their definitions; the real loop in this process: resumption, workers, refusals."""
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from introspect_ray.features.descriptions import Description, by_latent, descrip
 from introspect_ray.features.exemplars import Exemplar, LatentExemplars
 from introspect_ray.features.windows import Window, window
 from introspect_ray.simulator.base_rate import natural_weights
-from introspect_ray.simulator.examples import encode_pair, level_loss, soft_levels, training_pairs
+from introspect_ray.simulator.examples import copied, encode_pair, level_loss, soft_levels, training_pairs
 from introspect_ray.simulator.finetuned import FinetunedSimulator
 from introspect_ray.training import simulator_loop, simulator_run
 from introspect_ray.training.checkpoint import CheckpointStore
@@ -81,6 +82,7 @@ def config_of(folder, output="out", **optimization) -> TrainSimulatorConfig:
             "output": str(folder / output),
             "model": {"path": str(folder / "base"), "device": "cpu"},
             "held_out_share": 0,
+            "copy_share": 0,
             "optimization": {"steps": 8, "batch_size": 6, "learning_rate": 0.01, **optimization},
             "trainer": {"checkpoint_every": 2, "log_every": 3, "micro_batch_tokens": 128},
             "logging": {"tensorboard": False},
@@ -189,7 +191,7 @@ def test_gradient_is_that_of_the_whole_batch_however_it_is_split(folder):
     simulator, strata = build(config)
     simulator.model.eval()
     examples = SimulatorStepper(simulator, strata, config, ALONE).examples(0)
-    loss = level_loss(simulator, examples) / len(examples)
+    loss = level_loss(simulator, examples) / 6
     loss.backward()
     loss = float(loss.detach())
     parameters = simulator.trainable_parameters()
@@ -216,6 +218,25 @@ def test_gradient_is_that_of_the_whole_batch_however_it_is_split(folder):
     assert found == pytest.approx(loss, rel=1e-5)
     for name in expected:
         torch.testing.assert_close(total[name], expected[name], rtol=1e-4, atol=1e-7)
+
+
+def test_copies_say_where_their_words_are(folder):
+    pair = training_pairs([exemplars_of(0, tiny_tokenizer())], by_latent([Description(0, 0, "cat", "x")]), 0.5)[0][0]
+    for number in range(20):
+        made = copied(pair, random.Random(number))
+        words = made.description.split()[2:]
+        assert made.description.startswith("the words " if len(words) > 1 else "the word ")
+        pieces = [piece.strip() for piece in pair.exemplar.window.pieces]
+        assert 1 <= len(words) <= max(1, len(set(pieces)) // 2)
+        assert made.exemplar.activations.tolist() == [float(piece in words) for piece in pieces]
+    config = config_of(folder).model_copy(update={"copy_share": 0.5})
+    stepper = SimulatorStepper(*build(config), config, ALONE)
+    steps = [stepper.examples(number) for number in (0, 3, 7)]
+    assert [len(examples) for examples in steps] == [9, 9, 6]
+    power = weight_power(3, 8, config.balanced_share)
+    assert [example.weight for example in steps[1][6:]] == [pytest.approx(1 - power)] * 3
+    again = SimulatorStepper(*build(config), config, ALONE).examples(3)
+    assert [example.ids for example in again] == [example.ids for example in steps[1]]
 
 
 def test_weights_go_from_equal_to_natural(folder):
