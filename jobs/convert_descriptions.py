@@ -9,7 +9,7 @@ from introspect_ray.config import ConvertDescriptionsConfig
 
 
 def main(config: ConvertDescriptionsConfig) -> None:
-    from introspect_ray.data.description_files import convert_descriptions
+    from introspect_ray.data.convert_descriptions import convert_descriptions
 
     print(convert_descriptions(config))
 

@@ -32,6 +32,8 @@ class EndpointConfig(Config):
     """Wait before the second try; doubled before each further one, with a random share of it less."""
     longest_wait_s: Annotated[float, Field(gt=0)] = 60.0
     """Longest wait before a try; a call that the endpoint asks to come back later than that has failed."""
+    limit_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """What the endpoint calls the longest answer; newer models of OpenAI want the second."""
     input_price: Annotated[float, Field(ge=0)] = 0
     """Price of a million tokens that are sent, in the currency of `max_cost`."""
     output_price: Annotated[float, Field(ge=0)] = 0

@@ -112,7 +112,7 @@ class StreamConfig(Config):
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of activations on their way to the trainer and in its buffer."""
     buffer_batches: Annotated[int, Field(ge=1)] = 32
-    """Batches that are shuffled together: the trainer holds this many, and Ray's object store what comes next."""
+    """Batches that are shuffled together: the trainer holds so many, and Ray's object store twice as many, or 1 GB."""
 
 
 class CoderTrainerConfig(Config):

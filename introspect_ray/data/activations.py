@@ -9,6 +9,7 @@ Blocks are what Ray tries again when an actor dies; the same block has the same 
 
 from __future__ import annotations
 
+import math
 import uuid
 import warnings
 from collections.abc import Generator, Iterator, Sequence
@@ -32,10 +33,17 @@ from introspect_ray.features.places import Place
 from introspect_ray.features.reading import read_places
 from introspect_ray.features.shuffling import Part, block_texts, pieces
 from introspect_ray.interventions.target import Target
+from introspect_ray.models.loading import load_tokenizer
 from introspect_ray.models.tokens import adds_bos
 
 BLOCKS_PER_PIPELINE = 1024
 """Blocks of one pipeline; the next one loads the target again. Ray plans all blocks of a pipeline at its start."""
+LEAST_AHEAD_BYTES = 1 << 30
+"""Below that, Ray Data would hold its own minimum for some blocks anyway."""
+SAMPLED_TEXTS = 64
+"""Texts whose lengths say how many blocks are needed."""
+SPARE_BLOCKS = 1.1
+"""Blocks of a pipeline for each that is expected to be needed: a second pipeline would load the target once more."""
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -108,40 +116,54 @@ def _to_torch(values: np.ndarray, dtype: torch.dtype) -> Tensor:
 class ActivationStream:
     """The rows of a plan, from any place on. Texts are put into the object store once."""
 
-    def __init__(self, plan: StreamPlan, texts: Sequence[str], actors: ActorConfig, notes: Folder):
-        """`notes` is where actors write down that they load, in case they die of it."""
+    def __init__(
+        self,
+        plan: StreamPlan,
+        texts: Sequence[str],
+        actors: ActorConfig,
+        notes: Folder,
+        num_rows: int | None = None,
+        ahead_bytes: int = 0,
+    ):
+        """`notes` is where actors write down that they load, in case they die of it.
+
+        Of an endless stream about `num_rows` rows are wanted, so that no pipeline is much longer. Ray may hold
+        `ahead_bytes` of rows that are not yet read, or `LEAST_AHEAD_BYTES`.
+        """
         assert len(texts) == plan.num_texts
+        self._stride = BLOCKS_PER_PIPELINE if num_rows is None else _num_blocks(plan, texts, num_rows)
+        self._ahead_bytes = max(ahead_bytes, LEAST_AHEAD_BYTES)
         self.plan = plan
         self.actors = actors
         self.notes = notes
-        self.lost = 0
-        """Tokens so far whose activations were not finite."""
         self._texts = ray.put(pa.array(texts, pa.large_string()))
 
     def parts(self, block: int = 0, first: int = 0) -> Iterator[Part]:
         """Parts from row `first` of `block` on, in order."""
         end = self.plan.num_blocks
         while end is None or block < end:
-            stop = block + BLOCKS_PER_PIPELINE if end is None else min(end, block + BLOCKS_PER_PIPELINE)
+            stop = block + self._stride if end is None else min(end, block + self._stride)
             with closing(self._pipeline_parts(block, stop)) as parts:
                 for part in parts:
                     skipped = max(0, first - part.first) if part.block == block else 0
-                    if skipped < len(part):
+                    if not skipped:
+                        yield part
+                    elif skipped < len(part):
                         yield Part(part.block, part.first + skipped, tuple(values[skipped:] for values in part.columns))
             block, first = stop, 0
 
     def _pipeline_parts(self, start: int, stop: int) -> Generator[Part]:
         dtype = _DTYPES[self.plan.stream.dtype]
         with run_context():
-            with _every_block_in_order():
+            with _every_block_in_order(self._ahead_bytes):
                 pipeline = self._pipeline(start, stop)
             for batch in pipeline.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
-                self.lost += int(batch["lost"].sum())
                 edges = np.flatnonzero(np.diff(batch["block"])) + 1
                 for begin, end in zip([0, *edges], [*edges, len(batch["block"])], strict=True):
                     if end > begin:
                         columns = tuple(_to_torch(batch[place][begin:end], dtype) for place in self.plan.places)
-                        yield Part(int(batch["block"][begin]), int(batch["row"][begin]), columns)
+                        lost = int(batch["lost"][begin:end].sum())
+                        yield Part(int(batch["block"][begin]), int(batch["row"][begin]), columns, lost)
 
     def _pipeline(self, start: int, stop: int) -> ray.data.Dataset:
         actors = self.actors
@@ -168,13 +190,25 @@ class ActivationStream:
             )
 
 
+def _num_blocks(plan: StreamPlan, texts: Sequence[str], num_rows: int) -> int:
+    """About as many blocks as hold so many rows, by a sample of the texts, at most `BLOCKS_PER_PIPELINE`."""
+    tokenizer = load_tokenizer(plan.target)
+    sample = texts[:: -(-len(texts) // SAMPLED_TEXTS)]
+    per_text = sum(max(0, len(tokenizer(text).input_ids) - 1) for text in sample) / len(sample)
+    blocks = SPARE_BLOCKS * num_rows / (max(per_text, 1.0) * plan.stream.texts_per_block)
+    return min(BLOCKS_PER_PIPELINE, max(1, math.ceil(blocks)))
+
+
 @contextmanager
-def _every_block_in_order() -> Iterator[None]:
-    """Settings of pipelines made inside: no block is left out for an error, and none overtakes another."""
+def _every_block_in_order(ahead_bytes: int) -> Iterator[None]:
+    """Settings of pipelines made inside: no block is left out for an error, none overtakes another, and actors wait
+    once so many bytes wait for the reader."""
     context = ray.data.DataContext.get_current()
-    before = context.max_errored_blocks, context.execution_options.preserve_order
-    context.max_errored_blocks, context.execution_options.preserve_order = 0, True
+    options = context.execution_options
+    before = context.max_errored_blocks, options.preserve_order, options.resource_limits
+    context.max_errored_blocks, options.preserve_order = 0, True
+    options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=ahead_bytes)
     try:
         yield
     finally:
-        context.max_errored_blocks, context.execution_options.preserve_order = before
+        context.max_errored_blocks, options.preserve_order, options.resource_limits = before

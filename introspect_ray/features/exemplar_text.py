@@ -21,14 +21,20 @@ NUM_LEVELS = 10
 
 _SHOWN = {"\n": LINE_BREAK, "\r": "", "\t": " ", OPEN: "[[", CLOSE: "]]"}
 _UNSEEN = ("Cc", "Cf", "Zl", "Zp")
+_JOINERS = "\u200c\u200d"
+"""Unseen, but some scripts and emoji are not written without them."""
 
 
 def one_line(text: str) -> str:
     """The text without line breaks, marks and characters that are not seen, so that it can only be what it is."""
-    return "".join(
-        _SHOWN[one] if one in _SHOWN else "\N{REPLACEMENT CHARACTER}" if unicodedata.category(one) in _UNSEEN else one
-        for one in text
-    )
+    return "".join(map(_shown, text))
+
+
+def _shown(one: str) -> str:
+    if one in _SHOWN:
+        return _SHOWN[one]
+    is_unseen = unicodedata.category(one) in _UNSEEN and one not in _JOINERS
+    return "\N{REPLACEMENT CHARACTER}" if is_unseen else one
 
 
 def cut(exemplar: Exemplar, max_tokens: int) -> Exemplar:
@@ -52,14 +58,21 @@ def strong_tokens(activations: Float[np.ndarray, " T"], maximum: float, share: f
 
 
 def marked_text(pieces: Sequence[str], marked: Bool[np.ndarray, " T"]) -> str:
-    """The text in one line, each run of marked tokens between marks."""
+    """The text in one line, each run of marked tokens between marks.
+
+    A token that is only part of a character has no text; its mark goes to the token that completes the character.
+    """
     parts: list[str] = []
-    inside = False
+    inside = waiting = False
     for piece, is_marked in zip(pieces, marked.tolist(), strict=True):
-        if is_marked != inside:
-            parts.append(OPEN if is_marked else CLOSE)
-            inside = is_marked
+        waiting = waiting or is_marked
+        if not piece:
+            continue
+        if waiting != inside:
+            parts.append(OPEN if waiting else CLOSE)
+            inside = waiting
         parts.append(one_line(piece))
+        waiting = False
     if inside:
         parts.append(CLOSE)
     return "".join(parts).strip()
@@ -68,7 +81,15 @@ def marked_text(pieces: Sequence[str], marked: Bool[np.ndarray, " T"]) -> str:
 def activation_list(exemplar: Exemplar, marked: Bool[np.ndarray, " T"], maximum: float) -> str:
     """The marked tokens, quoted, each with its activation from 1 to 10, 10 being the latent's maximum."""
     levels = [
-        (exemplar.window.pieces[place], max(1, round(NUM_LEVELS * float(exemplar.activations[place]) / maximum)))
+        (
+            _text_at(exemplar.window.pieces, place),
+            max(1, round(NUM_LEVELS * float(exemplar.activations[place]) / maximum)),
+        )
         for place in np.flatnonzero(marked).tolist()
     ]
     return ", ".join(f"{json.dumps(one_line(piece), ensure_ascii=False)} {level}" for piece, level in levels)
+
+
+def _text_at(pieces: Sequence[str], place: int) -> str:
+    """What a token says; for a part of a character, the token that completes it."""
+    return next((piece for piece in pieces[place:] if piece), "")

@@ -45,6 +45,8 @@ class Part:
     first: int
     """Number of its first row within the block."""
     columns: tuple[Tensor, ...]
+    lost: int = 0
+    """Rows that are not there because they were not finite."""
 
     def __len__(self) -> int:
         return len(self.columns[0])
@@ -58,14 +60,17 @@ class Window:
     first: int
     """Where in the stream it begins: the number of its first row within `block`."""
     columns: tuple[Tensor, ...]
+    lost: int
+    """Rows lost in the parts that begin in it."""
 
 
 def windows(parts: Iterable[Part], size: int) -> Iterator[Window]:
     """Windows of exactly `size` rows; what is left when the stream ends is dropped."""
     columns: list[Tensor] = []
-    start, filled = (0, 0), 0
+    start, filled, lost = (0, 0), 0, 0
     for part in parts:
         taken = 0
+        lost += part.lost
         while taken < len(part):
             if not filled:
                 start = part.block, part.first + taken
@@ -75,8 +80,8 @@ def windows(parts: Iterable[Part], size: int) -> Iterator[Window]:
                 column[filled : filled + count] = source[taken : taken + count]
             filled, taken = filled + count, taken + count
             if filled == size:
-                yield Window(*start, tuple(columns))
-                columns, filled = [], 0
+                yield Window(*start, tuple(columns), lost)
+                columns, filled, lost = [], 0, 0
 
 
 def window_batches(

@@ -149,7 +149,7 @@ class EndpointChat:
         content: dict[str, Any] = {
             "model": config.endpoint.model,
             "messages": [{"role": message.role, "content": message.content} for message in conversation],
-            "max_tokens": config.max_tokens,
+            config.endpoint.limit_name: config.max_tokens,
             "temperature": config.temperature,
         }
         if config.temperature:
@@ -245,7 +245,7 @@ def _completion(content: bytes, num_sent: int, max_tokens: int) -> Completion:
     try:
         choice = found["choices"][0]
         message = choice["message"]
-        text, refusal = message.get("content"), message.get("refusal")
+        text, refusal = _joined(message.get("content")), message.get("refusal")
     except (TypeError, KeyError, IndexError, AttributeError):
         raise _NoAnswer("no_answer_in_response", content[:80].decode("utf-8", "replace"), True) from None
     if not isinstance(text, str) or not text.strip():
@@ -258,6 +258,13 @@ def _completion(content: bytes, num_sent: int, max_tokens: int) -> Completion:
         tokens_answered=_count(counts.get("completion_tokens"), max_tokens),
         truncated=choice.get("finish_reason") == "length",
     )
+
+
+def _joined(content: Any) -> Any:
+    """Content that comes in parts as one text."""
+    if not isinstance(content, list):
+        return content
+    return "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
 
 
 def _count(value: Any, otherwise: int) -> int:

@@ -32,6 +32,15 @@ class CoderRun:
     config: TrainCoderConfig
     run_key: str
     """Equal for equal texts, target and every setting that can change the result."""
+    width: int
+    """Of the target."""
+
+    @property
+    def window_bytes(self) -> int:
+        """Memory of the rows that are shuffled together."""
+        config = self.config
+        entries = config.stream.buffer_batches * config.batch_size * self.width * len(self.places)
+        return entries * (4 if config.stream.dtype == "float32" else 2)
 
     @property
     def folder(self) -> Folder:
@@ -98,7 +107,8 @@ def prepare(config: TrainCoderConfig) -> Prepared:
         f"target {target.path}": stable_id(target.model_dump()),
         f"source {config.source.path}": stable_id(texts),
     }
-    run = CoderRun(config, stable_id(type(config).__name__, _relevant(config), list(inputs.values())))
+    key = stable_id(type(config).__name__, _relevant(config), list(inputs.values()))
+    run = CoderRun(config, key, target.width)
     claim = Claim(run.folder, "training of this kind of coder", config, run.run_key, inputs, _relevant)
     claim.check()
     fitted = [text for number, text in enumerate(texts) if number % config.hold_out_every]

@@ -8,12 +8,13 @@ A trainer that dies is started again, and goes on from the newest checkpoint; af
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError
 
 from introspect_ray.config import ActorConfig, TrainCoderConfig
 from introspect_ray.data.activations import ActivationStream, StreamPlan
@@ -23,6 +24,8 @@ from introspect_ray.errors import RunFailed, UserError
 from introspect_ray.training.coder_loop import export, train
 from introspect_ray.training.coder_run import CoderRun, Prepared, prepare
 from introspect_ray.training.metrics import Metrics, read_metrics
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, str], None]
 """Called with steps done, steps in all, and how it goes."""
@@ -54,20 +57,22 @@ class CoderTrainer:
     """Trains one coder: a thin shell around training/coder_loop.py."""
 
     def run(self, run: CoderRun, texts: list[str], held_out: list[str]) -> Iterator[Metrics | dict[str, Any]]:
-        """Lines of metrics as they come, and at the end `{"report": ...}`."""
+        """Lines of metrics as they come, and at the end `{"report": ...}`. Raises UserError or RunFailed alone."""
+        try:
+            yield from self._run(run, texts, held_out)
+        except Exception as error:
+            logger.exception("the training of %s ends", run.config.output)
+            raise translated(error, "") from None
+
+    def _run(self, run: CoderRun, texts: list[str], held_out: list[str]) -> Iterator[Metrics | dict[str, Any]]:
         config = run.config
         common = (config.target, config.layer, run.places, config.stream)
-        stream = ActivationStream(StreamPlan(*common, len(texts), config.seed), texts, config.actors, run.work)
-        for line in train(run, stream.parts):
-            seen = line["tokens"]
-            if stream.lost > config.max_lost_share * (seen + stream.lost):
-                raise RunFailed(
-                    f"activations of {stream.lost} of {seen + stream.lost} tokens are not finite in"
-                    f" {config.stream.dtype}, more than max_lost_share {config.max_lost_share:g} allows"
-                )
-            yield line
+        wanted, ahead = config.steps * config.batch_size, 2 * run.window_bytes
+        plan = StreamPlan(*common, len(texts), config.seed)
+        stream = ActivationStream(plan, texts, config.actors, run.work, wanted, ahead)
+        yield from train(run, stream.parts)
         measured = ActivationStream(StreamPlan(*common, len(held_out), None), held_out, config.actors, run.work)
-        yield {"report": export(run, measured.parts(), lambda: stream.lost + measured.lost)}
+        yield {"report": export(run, measured.parts())}
 
 
 def train_coder(config: TrainCoderConfig, progress: Progress) -> CoderSummary:
@@ -117,8 +122,6 @@ def _trained(prepared: Prepared, progress: Progress) -> dict[str, Any]:
         try:
             return _watched(run, actor.run.options(num_returns="streaming").remote(*arguments), progress)
         except RayActorError as error:
-            if isinstance(error, RayTaskError):  # raised in the trainer, about an actor of its pipeline
-                raise translated(error, "") from (error if is_verbose() else None)
             now = _steps_logged(run)
             failures, newest = (1, now) if now > newest else (failures + 1, newest)
             if failures > trainer.max_failures:

@@ -31,7 +31,13 @@ from introspect_ray.features.exemplar_store import SplitName, open_exemplars
 from introspect_ray.features.sae import check_sae
 from introspect_ray.models.chat import COST_CAP
 from introspect_ray.tasks.base import stable_id
-from introspect_ray.training.describers import Describe, chat_describer, explainer_describer, lexicon_describer
+from introspect_ray.training.describers import (
+    NO_WINDOW,
+    Describe,
+    chat_describer,
+    explainer_describer,
+    lexicon_describer,
+)
 
 FAILED_FILE = "failed.jsonl"
 EXEMPLAR_SPLIT: SplitName = "train"
@@ -132,13 +138,14 @@ def _describe_shard(config: DescribeConfig, shards: list[list[LatentRow]], index
 
 def _check_shard(rows: Sequence[LatentRow]) -> None:
     """Stop where going on would fail alike: all calls are refused, or none came through."""
-    if any(row.candidates for row in rows):
+    failures = [one for row in rows for one in row.failures if one.reason != NO_WINDOW]
+    if any(row.candidates for row in rows) or not failures or not all(one.may_pass for one in failures):
         return
-    reasons = Counter(one.reason for row in rows for one in row.failures if one.may_pass)
-    if reasons.total() < sum(len(row.failures) for row in rows) or COST_CAP in reasons:
+    reasons = Counter(one.reason for one in failures)
+    if COST_CAP in reasons:
         return
     reason = reasons.most_common(1)[0][0]
-    detail = next(one.detail for row in rows for one in row.failures if one.reason == reason)
+    detail = next(one.detail for one in failures if one.reason == reason)
     raise RunFailed(
         f"the endpoint answered nothing about {len(rows)} latents, mostly {reason} ({detail});"
         " the same command asks again"

@@ -249,6 +249,16 @@ def cases(folder):
             ("max_cost needs input_price and output_price",),
         ),
         "exemplars that are not there": (*describe(), (f"{absent} has no exemplars.json",)),
+        "simulator without exemplars": (
+            "train_simulator",
+            ["--model.path", target, "--exemplars", absent, "--output", str(folder / "new")],
+            (f"{absent} has no exemplars.json", "collect_exemplars.py writes it last"),
+        ),
+        "scores by no simulator": (
+            "score_descriptions",
+            ["--simulator.model.path", whole, "--simulator.kind", "finetuned", "--output", str(folder / "new")],
+            (f"{whole} is not a finished simulator: it has no simulator.json",),
+        ),
         "width of a coder to collect with": (
             "collect_exemplars",
             [*of_target, "--source.path", texts],
@@ -279,9 +289,9 @@ NAMES = (
     *("evaluation without validation records", "metric of no dataset", "explainers without names"),
     *("export of no explainer", "simulator without exemplars", "scores by no simulator"),
     *("export of no explainer", "coder without an id", "layer of a coder", "more latents than tokens"),
+    *("coder without an id", "layer of a coder", "more latents than tokens", "vectors of no text"),
     *("width of a coder to collect with", "shards of broken batches", "page of no exemplars"),
-    "vectors of no text",
-    *("export of no explainer", "descriptions without a field", "key of an endpoint", "cost cap without a price"),
+    *("descriptions without a field", "key of an endpoint", "cost cap without a price"),
     "exemplars that are not there",
 )
 AS_A_USER = ("unknown task", "truncated shard")

@@ -70,7 +70,9 @@ def test_kills_shards_and_actors_change_nothing(tmp_path, monkeypatch):
     with connect():
         summary = collect_exemplars(config, lambda *now: seen.append(now), load_once_deadly)
     assert (tmp_path / "killed").exists()
-    assert seen[0][:3] == ("scan", there, 10) and seen[-1][:3] == ("merge", 5, 5)
+    stage, begun, total, _ = seen[0]  # actors of the dead driver may have ended what they had in hand
+    assert (stage, total) == ("scan", 10) and there <= begun < 10
+    assert seen[-1][:3] == ("merge", 5, 5)
     assert not summary.was_complete and not (tmp_path / "out" / "work").exists()
     other = collect_config(tmp_path / "other", texts, coders=CODERS, texts_per_shard=72, latents_per_block=1000)
     for name, expected in collect_here(other, Scanner.load(other)).items():

@@ -98,7 +98,7 @@ def test_a_local_chat_model_on_actors_says_what_it_says_in_one_process(tmp_path,
 def test_choices_on_actors_come_in_order_and_a_broken_model_is_the_users_error(tmp_path):
     config = ChatConfig(local=LocalChatConfig(batch_size=2))
     questions = [ask(f"{word} is a city. " * (n + 1)) for n, word in enumerate(WORDS)]
-    with chat_model(config, TWO, seed=0) as model:
+    with chat_model(config, ActorConfig(), seed=0) as model:
         found = model.choose(questions, ("yes", "no"))
     expected = LocalChat.load(config, seed=0).choose(questions, ("yes", "no"))
     for one, other in zip(found, expected, strict=True):

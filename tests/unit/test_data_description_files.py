@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from introspect_ray.config import ConvertDescriptionsConfig, SourceConfig
-from introspect_ray.data.description_files import best, convert_descriptions, lexicon_descriptions, read_descriptions
+from introspect_ray.data.convert_descriptions import best, convert_descriptions
+from introspect_ray.data.description_files import lexicon_descriptions, read_descriptions
 from introspect_ray.data.sources import load_source
 from introspect_ray.errors import UserError
 from introspect_ray.features.delphi import explanation_file
@@ -83,6 +84,22 @@ def test_ours_to_neuronpedia_and_back_is_exact(tmp_path):
         assert again == (tmp_path / "descriptions.jsonl").read_bytes()
     convert(tmp_path / "back", tmp_path / "np2", "descriptions", "neuronpedia")
     assert tree(tmp_path / "np2") == tree(tmp_path / "np")
+
+
+def test_folders_may_be_any_url(tmp_path):
+    ours = [Description(1, 4, "cats", "a")]
+    (tmp_path / "descriptions.jsonl").write_text(description_lines(ours))
+    store = f"memory://{tmp_path.name}"
+    for source, output, source_format, output_format in (
+        (tmp_path, f"{store}/np", "descriptions", "neuronpedia"),
+        (f"{store}/np", f"{store}/ours", "neuronpedia", "descriptions"),
+        (f"{store}/ours", f"{store}/delphi", "descriptions", "delphi"),
+        (f"{store}/delphi", f"{store}/back", "delphi", "descriptions"),
+    ):
+        settings = {"source_format": source_format, "output_format": output_format}
+        convert_descriptions(ConvertDescriptionsConfig(source=str(source), output=output, **settings))
+    assert read_descriptions(f"{store}/ours") == ours
+    assert read_descriptions(f"{store}/back/descriptions.jsonl") == [Description(1, 4, "cats", "delphi")]
 
 
 def test_of_several_candidates_delphi_gets_the_best_by_the_score_and_the_others_are_counted(tmp_path):

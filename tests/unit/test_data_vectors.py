@@ -14,11 +14,16 @@ import pytest
 import torch
 
 from introspect_ray.config import CollectVectorsConfig, GenerateConfig, SourceConfig
+from introspect_ray.data.dataset import open_dataset
+from introspect_ray.data.finish import finish
+from introspect_ray.data.prepare import begin
+from introspect_ray.data.prepare import prepare as prepare_dataset
 from introspect_ray.data.sources import load_source
 from introspect_ray.data.storage import Folder
 from introspect_ray.data.vector_files import open_vectors, vector_schema, write_vectors
 from introspect_ray.data.vector_parts import is_finished, merge_parts, unit_vectors, write_part
 from introspect_ray.data.vector_run import PartOrder, VectorRun, as_matrix, corpus_mean, item_vectors, prepare
+from introspect_ray.data.writer import write_shard
 from introspect_ray.errors import UserError
 from introspect_ray.features.projection import activations, best, cut, drawn, largest_hits, sound_spans
 from introspect_ray.interventions.target import Target
@@ -202,6 +207,7 @@ def test_merged_parts_are_those_of_one_brute_force_pass(target: Target, tmp_path
 
 
 def vectors_folder(folder: Path, width: int = 160) -> str:
+    folder.mkdir(exist_ok=True)
     exemplar = {"kind": "top", "text": 3, "start": 1, "ids": [5, 6], "pieces": ["a", " b"], "activations": [0.0, 2.5]}
     rows = [
         {"vector_id": f"v{number}", "kind": "difference", "layer": number, "group": "g", "origin": "x", "token": "t"}
@@ -247,6 +253,20 @@ def test_such_vectors_only_evaluate_and_need_no_sae(target: Target, tmp_path: Pa
         assert task.truth(record) == Answer(None, "") and task.render(record).answer == ""
         assert task.display(record)[0][0] == ("difference", True)
         assert set(record) == set(task.schema(160, generate).names)
+
+
+def test_a_dataset_of_them_is_whole_and_selects_none(target: Target, tmp_path: Path) -> None:
+    source = {"path": f"{vectors_folder(tmp_path / 'vectors')}/vectors.parquet"}
+    tree = {"task": "feature_description", "output": str(tmp_path / "dataset"), "source": source}
+    tree["feature_description"] = {"sae": "nowhere"}
+    planned = prepare_dataset(GenerateConfig.model_validate(tree), FeatureDescription())
+    begin(planned, planned.orders)
+    (order,) = planned.orders
+    manifest = finish(planned, {0: write_shard(planned.task, target, planned.config, order, "run")})
+    assert (manifest.counts, manifest.selected, manifest.has_selection) == ({"test": {"ok": 3}}, {}, True)
+    dataset = open_dataset(str(tmp_path / "dataset"))
+    assert dataset.records("test") == []
+    assert [record["item_id"] for record in dataset.records("test", selected=False)] == ["v0", "v1", "v2"]
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,12 @@ def test_hostile_text_can_neither_begin_a_line_nor_forge_a_mark():
     assert one_line("tab\there") == "tab here"
 
 
+def test_a_part_of_a_character_is_marked_where_the_character_is_whole():
+    text = question(exemplar(["a ", "", "", "🙂", " b"], {1: 10.0}))
+    assert '1. a ⟦🙂⟧ b\n   activations: "🙂" 10' in text
+    assert one_line("👩\u200d🔬") == "👩\u200d🔬"
+
+
 def test_a_latent_that_fires_in_no_window_has_no_question():
     assert description_question(latent(exemplar(["a"], {}, "random")), PromptConfig()) is None
     assert description_question(latent(exemplar(["a"], {}, "top")), PromptConfig()) is None

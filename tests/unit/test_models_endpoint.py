@@ -72,6 +72,14 @@ def test_turns_are_sent_as_they_are():
     ]
 
 
+def test_an_answer_in_parts_is_one_text_and_the_limit_has_the_name_that_is_asked_for():
+    parts = b'{"choices": [{"message": {"content": [{"type": "text", "text": "ca"}, {"type": "text", "text": "ts"}]}}]}'
+    with chat_server(lambda *_: Reply(body=parts)) as (url, requests):
+        (found,) = outcomes(url, ["q"], limit_name="max_completion_tokens", max_tokens=9)
+    assert found.text == "cats" and found.tokens_answered == 9
+    assert requests[0][1]["max_completion_tokens"] == 9 and "max_tokens" not in requests[0][1]
+
+
 @pytest.mark.parametrize("status", [429, 500, 503, 529])
 def test_a_busy_or_broken_endpoint_is_asked_again_after_growing_waits(status):
     sleeps = []

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from introspect_ray.config import TrainTranscoderConfig
-from introspect_ray.errors import UserError
+from introspect_ray.errors import RunFailed, UserError
 from introspect_ray.features.coder import fraction_unexplained
 from introspect_ray.features.quality import QualitySums
 from introspect_ray.features.sae import load_sae
@@ -43,7 +43,7 @@ def read_from(block: int, first: int) -> Iterator[Part]:
     """An endless stream in blocks of 50 to 90 rows."""
     while True:
         x, y = known_map(50 + 10 * (block % 5), seed=100 + block)
-        yield Part(block, first, (x[first:], y[first:]))
+        yield Part(block, first, (x[first:], y[first:]), lost=int(not first and block % 20 == 3))
         block, first = block + 1, 0
 
 
@@ -67,24 +67,25 @@ def run(folder: Path, **changes: Any) -> CoderRun:
 
 def held_out() -> Iterator[Part]:
     for block in range(50):
-        yield Part(block, 0, known_map(100, seed=10_000 + block))
+        yield Part(block, 0, known_map(100, seed=10_000 + block), lost=2 * (block == 1))
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[CoderRun, dict[str, Any]]:
     done = run(tmp_path_factory.mktemp("whole"))
     assert [line["step"] for line in train(done, read_from)] == list(range(10, 91, 10))
-    return done, export(done, held_out(), lambda: 3)
+    return done, export(done, held_out())
 
 
 def test_it_learns_and_reports_what_it_is_worth(whole: tuple[CoderRun, dict[str, Any]]) -> None:
     done, report = whole
-    found = report["held_out"]
+    found, lines = report["held_out"], read_metrics(done.folder)
+    assert lines[-1]["lost"] > 3
     assert found["unexplained"] < 0.5 * found["unexplained_without_latents"] < 0.5
-    assert found["tokens"] == 500 and report["lost_tokens"] == 3 and 1 < found["active_per_token"] < 4
-    lines = read_metrics(done.folder)
+    assert found["tokens"] == 500 and 1 < found["active_per_token"] < 4
+    assert report["lost_tokens"] == 2 + lines[-1]["lost"]
     assert lines[0]["loss"] > lines[-1]["loss"] and lines[-1]["tokens"] == 90 * 64
-    assert set(lines[0]) == {"step", "tokens", "loss", "unexplained", "active", "dead"}
+    assert set(lines[0]) == {"step", "tokens", "loss", "unexplained", "active", "dead", "lost"}
     names = set(done.folder.names())
     assert names == {"config.json", "metrics.jsonl", "cfg.json", "sae_weights.safetensors", "training.json"}
     assert prepare(done.config).run.report() == report
@@ -107,6 +108,16 @@ def test_held_out_numbers_are_those_of_the_definition(whole: tuple[CoderRun, dic
     assert sums.quality().unexplained == pytest.approx(found["unexplained"], rel=1e-6)
 
 
+def test_too_many_lost_tokens_end_the_run(tmp_path: Path) -> None:
+    def losing(block: int, first: int) -> Iterator[Part]:
+        for part in read_from(block, first):
+            yield Part(part.block, part.first, part.columns, lost=9 * (part.block > 12))
+
+    failing = run(tmp_path, max_lost_share=0.05)
+    with pytest.raises(RunFailed, match=r"tokens are not finite in float32, more than max_lost_share 0\.05 allows"):
+        list(train(failing, losing))
+
+
 @pytest.mark.parametrize("stops", [(7,), (3, 6), (9,), (9, None)])
 def test_a_stopped_run_ends_as_one_that_was_not(
     whole: tuple[CoderRun, dict[str, Any]], tmp_path: Path, stops: tuple[int | None, ...]
@@ -122,7 +133,7 @@ def test_a_stopped_run_ends_as_one_that_was_not(
     rest = list(train(run(tmp_path), read_from))
     assert [line["step"] for line in rest][-1:] == ([] if None in stops else [90])
     assert read_metrics(stopped.folder) == read_metrics(whole[0].folder)
-    report = export(stopped, held_out(), lambda: 3)
+    report = export(stopped, held_out())
     assert report == whole[1]
     ours, expected = load_sae(str(tmp_path)), load_sae(whole[0].config.output)
     for name in ("encoder", "encoder_bias", "decoder", "decoder_bias", "threshold", "skip"):

@@ -186,6 +186,13 @@ def test_an_endpoint_that_answers_nothing_ends_the_run_and_the_same_command_goes
     assert summary.num_described == 6
 
 
+def test_a_dead_endpoint_is_noticed_beside_latents_that_fire_nowhere(tmp_path):
+    with chat_server(lambda *_: Reply(503, b"closed")) as (url, _):
+        settings = config(url, tmp_path, latents=(50, 60), latents_per_shard=2)
+        with pytest.raises(RunFailed, match=r"answered nothing about 2 latents, mostly http_503 \(closed\)"):
+            run(settings)
+
+
 def test_too_many_latents_without_description_fail_the_run_after_all_is_written(tmp_path):
     with (
         chat_server(lambda text, _: said("fine") if latent_in(text) == 0 else Reply(400)) as (url, _),

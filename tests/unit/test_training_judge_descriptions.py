@@ -9,7 +9,7 @@ from exemplar_helpers import Failure, ScriptedChat, exemplar
 
 import introspect_ray.training.judge_descriptions as judge_module
 from introspect_ray.config import ConvertDescriptionsConfig, JudgeDescriptionsConfig
-from introspect_ray.data.description_files import convert_descriptions, read_descriptions
+from introspect_ray.data.convert_descriptions import convert_descriptions, read_descriptions
 from introspect_ray.errors import RunFailed, UserError
 from introspect_ray.features.descriptions import Description, description_lines
 from introspect_ray.features.exemplars import LatentExemplars
