@@ -206,16 +206,6 @@ def cases(folder):
             ["--explainer", whole, "--output", str(folder / "new")],
             (f"{whole} is not a finished explainer: it has no explainer.json",),
         ),
-        "simulator without exemplars": (
-            "train_simulator",
-            ["--model.path", target, "--exemplars", absent, "--output", str(folder / "new")],
-            (f"{absent} has no exemplars.json", "collect_exemplars.py writes it last"),
-        ),
-        "scores by no simulator": (
-            "score_descriptions",
-            ["--simulator.model.path", whole, "--simulator.kind", "finetuned", "--output", str(folder / "new")],
-            (f"{whole} is not a finished simulator: it has no simulator.json",),
-        ),
         "coder without an id": (
             *generate(*features[:-1], "sae-lens:llama_scope_lxr_8x", "--source.path", labels),
             ("SAE path 'sae-lens:llama_scope_lxr_8x' is incomplete: expected sae-lens:RELEASE:ID",),
@@ -288,7 +278,6 @@ NAMES = (
     *("NaN in a vector to train on", "empty source", "source row without a field"),
     *("evaluation without validation records", "metric of no dataset", "explainers without names"),
     *("export of no explainer", "simulator without exemplars", "scores by no simulator"),
-    *("export of no explainer", "coder without an id", "layer of a coder", "more latents than tokens"),
     *("coder without an id", "layer of a coder", "more latents than tokens", "vectors of no text"),
     *("width of a coder to collect with", "shards of broken batches", "page of no exemplars"),
     *("descriptions without a field", "key of an endpoint", "cost cap without a price"),
