@@ -40,6 +40,15 @@ from introspect_ray.config.pocket import (
     QuickstartTask,
 )
 from introspect_ray.config.resources import ActorConfig, ModelConfig, SourceConfig
+from introspect_ray.config.rewriting import (
+    P2_FRACTIONS,
+    POCKET_LINES,
+    DescriptionSourceConfig,
+    RewriteConfig,
+    RewriteLineConfig,
+    RewriteSimulatorConfig,
+    Selection,
+)
 from introspect_ray.config.simulators import ScoreDescriptionsConfig, SimulatorConfig, TrainSimulatorConfig
 from introspect_ray.config.tasks import (
     POCKET_FEATURES,
@@ -64,7 +73,9 @@ from introspect_ray.config.training import (
 
 __all__ = [
     "HUB_IDS",
+    "P2_FRACTIONS",
     "POCKET_FEATURES",
+    "POCKET_LINES",
     "POCKET_QUESTIONS",
     "ActivationPatchingConfig",
     "ActorConfig",
@@ -79,6 +90,7 @@ __all__ = [
     "ConvertDescriptionsConfig",
     "DescribeConfig",
     "DescriptionFormat",
+    "DescriptionSourceConfig",
     "EndpointConfig",
     "EvaluateConfig",
     "EvaluationDuringConfig",
@@ -108,7 +120,11 @@ __all__ = [
     "PromptConfig",
     "QuickstartConfig",
     "QuickstartTask",
+    "RewriteConfig",
+    "RewriteLineConfig",
+    "RewriteSimulatorConfig",
     "ScoreDescriptionsConfig",
+    "Selection",
     "SimulatorConfig",
     "SourceConfig",
     "SplitConfig",

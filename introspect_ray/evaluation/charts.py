@@ -1,9 +1,9 @@
-"""Geometry of the training-loss plot: paths and ticks in percent of the plot's box, drawn by the report template."""
+"""Geometry of plots: paths and ticks in percent of the plot's box, drawn by the templates."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,6 +66,65 @@ def curve_plot(curve: Sequence[tuple[int, float]]) -> CurvePlot | None:
         is_log=is_log,
         first=float(smooth[0]),
         last=float(smooth[-1]),
+    )
+
+
+@dataclass(frozen=True)
+class PlotLine:
+    """One line of a plot: SVG path data in a box of 100 x 100 with y downwards, and the places of its points."""
+
+    name: str
+    path: str
+    points: list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class LinesPlot:
+    """Several lines over one logarithmic x axis; `levels` are horizontal lines that hold for every x."""
+
+    lines: list[PlotLine]
+    levels: list[Tick]
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+
+
+def lines_plot(
+    lines: Mapping[str, Sequence[tuple[float, float]]], levels: Mapping[str, float], is_log: bool
+) -> LinesPlot | None:
+    """The plot of (x, y) points by name of their line, x above 0; `None` with no two different x.
+
+    Args:
+        is_log: a logarithmic y axis, on which values that are not positive are left out.
+    """
+    shown = {
+        name: [(x, y) for x, y in points if math.isfinite(y) and (y > 0 or not is_log)]
+        for name, points in lines.items()
+    }
+    flat = {name: y for name, y in levels.items() if math.isfinite(y) and (y > 0 or not is_log)}
+    xs = sorted({x for points in shown.values() for x, _ in points})
+    if len(xs) < 2:
+        return None
+    ys = np.array([y for points in shown.values() for _, y in points] + list(flat.values()))
+    low, high = _limits(ys, is_log)
+
+    def up(value: float) -> float:
+        if is_log:
+            return 100 * (math.log(value) - math.log(low)) / (math.log(high) - math.log(low))
+        return 100 * (value - low) / (high - low)
+
+    def across(value: float) -> float:
+        return 100 * (math.log(value) - math.log(xs[0])) / (math.log(xs[-1]) - math.log(xs[0]))
+
+    drawn = []
+    for name, points in shown.items():
+        places = [(across(x), 100 - up(y)) for x, y in points]
+        path = _path(np.array([x for x, _ in places]), np.array([y for _, y in places])) if places else ""
+        drawn.append(PlotLine(name, path, places))
+    return LinesPlot(
+        lines=drawn,
+        levels=[Tick(up(y), name) for name, y in flat.items()],
+        x_ticks=[Tick(across(x), f"{x:g}") for x in xs],
+        y_ticks=[Tick(up(value), f"{value:g}") for value in _ticks(low, high, is_log)],
     )
 
 

@@ -100,6 +100,29 @@ def paired_difference(a: Sequence[Scored], b: Sequence[Scored], metric: Metric, 
     return Interval(value, low, high, len(a), num_groups)
 
 
+def ratio_interval(
+    numerators: Float[np.ndarray, " groups"], denominators: Float[np.ndarray, " groups"], options: Bootstrap
+) -> Interval:
+    """Sum of the numerators over sum of the denominators, one of each per group, with percentile limits over groups.
+
+    Both sums of a resample are over the same groups, and calls with equally many groups and the same options draw the
+    same ones. A ratio whose denominator is not positive is undefined: `nan` throughout if it is the whole sum, left out
+    if it is a resample's. The limits are infinite for one group, which says nothing about others.
+    """
+    assert numerators.shape == denominators.shape
+    num_groups = len(numerators)
+    if not num_groups or denominators.sum() <= 0:
+        return Interval(np.nan, np.nan, np.nan, num_groups, num_groups)
+    value = float(numerators.sum() / denominators.sum())
+    if num_groups == 1:
+        return Interval(value, -np.inf, np.inf, 1, 1)
+    above, below = _resample([numerators[:, None], denominators[:, None]], num_groups, options)
+    defined = below[:, 0] > 0
+    ratios = np.where(defined, above[:, 0] / np.where(defined, below[:, 0], 1.0), np.nan)
+    low, high = _quantiles(ratios, options.confidence)
+    return Interval(value, low, high, num_groups, num_groups)
+
+
 def _group_sums(rows: Sequence[Scored], metric: Metric) -> Float[np.ndarray, "groups counts"]:
     """Counts summed over the rows of each group, groups in text order, so that row order does not matter."""
     names, index = np.unique([row.group for row in rows], return_inverse=True)

@@ -1,0 +1,161 @@
+"""Rewriting on Ray: shuffled descriptions are worse than matched ones, nothing is done twice, failures are counted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from job_driver import check_line, run_jobs
+
+from introspect_ray.config import ActorConfig, RewriteConfig, RewriteLineConfig, RewriteSimulatorConfig
+from introspect_ray.data.cluster import connect
+from introspect_ray.errors import RunFailed, UserError
+from introspect_ray.pocket.reader import ExactReader
+from introspect_ray.training.rewriting import rewrite_transformer
+from introspect_ray.training.rewriting_sources import LoadSimulator, open_simulator
+
+pytestmark = pytest.mark.timeout(900)
+
+EXACT = RewriteSimulatorConfig(name="exact", kind="exact")
+
+
+def line(name: str, **changes) -> RewriteLineConfig:
+    return RewriteLineConfig(name=name, simulator="exact", selection="contribution", **changes)
+
+
+def config(output: Path, **changes) -> RewriteConfig:
+    values = {
+        "output": str(output),
+        "evaluation_texts": 40,
+        "fit_texts": 60,
+        "statistics_texts": 500,
+        "texts_per_shard": 30,
+        "fractions": (0.05, 0.2),
+        "simulators": (EXACT,),
+        "lines": (
+            line("deleted", kind="deleted"),
+            line("oracle", kind="oracle"),
+            line("matched"),
+            line("shuffled", descriptions="shuffled"),
+            line("none", source="none", max_fraction=0.05),
+        ),
+        "headline": "matched",
+        "bootstrap_samples": 200,
+        "target_actors": ActorConfig(),
+    }
+    return RewriteConfig(**(values | changes))
+
+
+class Broken:
+    """The exact reader, which cannot bear one description."""
+
+    def __init__(self, reader: ExactReader, broken: str):
+        self.reader, self.broken = reader, broken
+
+    def simulate(self, descriptions, windows):
+        if self.broken in descriptions:
+            raise ValueError("cannot read this")
+        return self.reader.simulate(descriptions, windows)
+
+
+def broken_opener(broken: str):
+    def opener(config, simulator, progress):
+        opened = open_simulator(config, simulator, progress)
+        return LoadSimulator(lambda: Broken(opened.load(), broken), f"{opened.digest}-broken")
+
+    return opener
+
+
+def test_a_run_its_second_run_and_a_run_with_failures(tmp_path):
+    steps: list[tuple[str, int, int, str]] = []
+    with connect():
+        first = rewrite_transformer(config(tmp_path / "run"), lambda *step: steps.append(step))
+        told = [what for what, done, total, _ in steps if done == total]
+        assert told == ["shards of true latents", "blocks by simulator exact", "shards of losses"]
+        scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+        _check_scores(scores)
+        assert "Latents that hurt most" in (tmp_path / "run" / "report.html").read_text()
+        assert "matched @ 0.2" in first.text
+
+        # What is there is not done again; a lost shard is made anew and gives the same; new lines add to the old.
+        (tmp_path / "run" / "measured" / "evaluation-00001.parquet").write_bytes(b"torn")
+        steps.clear()
+        rewrite_transformer(config(tmp_path / "run"), lambda *step: steps.append(step))
+        begun = {what: (done, total) for what, done, total, _ in reversed(steps)}
+        assert begun["shards of losses"] == (1, 2)
+        assert begun["shards of true latents"][0] == begun["shards of true latents"][1]
+        assert begun["blocks by simulator exact"][0] == begun["blocks by simulator exact"][1]
+        assert json.loads((tmp_path / "run" / "scores.json").read_text()) == scores
+
+        with pytest.raises(UserError, match="other texts"):
+            rewrite_transformer(config(tmp_path / "run", evaluation_texts=41), lambda *_: None)
+        _check_failures(tmp_path, first.results.harms[0].texts[0])
+
+
+def _check_scores(scores) -> None:
+    conditions = scores["conditions"]
+    oracle, true = conditions["oracle @ 0.2"], conditions["true latents"]
+    assert oracle["increase"] == true["increase"] and oracle["recovered"]["value"] == 1.0
+    assert conditions["original"]["increase"]["value"] == 0
+    matched, shuffled = conditions["matched @ 0.2"], conditions["shuffled @ 0.2"]
+    assert matched["divergence"]["value"] < 0.8 * shuffled["divergence"]["value"]
+    assert matched["divergence_below_deleted"]["low"] > 0 > shuffled["divergence_below_deleted"]["high"] - 1e-3
+    assert scores["agreement"]["matched"]["precision"] > 10 * scores["agreement"]["shuffled"]["precision"]
+    assert scores["agreement"]["matched"]["specificity"] > 0.995
+    assert "none @ 0.05" in conditions and "none @ 0.2" not in conditions, "max_fraction ends a line"
+    assert all(0 <= row["coverage"] <= 1 for row in conditions.values())
+    assert np.isfinite(conditions["zero latents"]["increase"]["low"])
+
+
+def _check_failures(tmp_path: Path, broken: str) -> None:
+    """One description fails: its (description, text) pairs are counted, and no text counts as fully simulated."""
+    opener = broken_opener(broken)
+    few = config(
+        tmp_path / "broken",
+        lines=(line("matched", max_fraction=0.2),),
+        fractions=(0.2,),
+        max_failed_share=0.5,
+        statistics_texts=200,
+        minimum_firings=5,
+    )
+    summary = rewrite_transformer(few, lambda *_: None, open_one=opener)
+    (condition,) = summary.results.of_line("matched")
+    assert condition.scores.coverage == 0 and np.isnan(condition.scores.increase.value)
+    assert summary.results.conditions[2].scores.coverage == 1, "zero latents need no simulator"
+    with pytest.raises(RunFailed, match=r"max_failed_share 0; first .*cannot read this"):
+        rewrite_transformer(few.model_copy(update={"max_failed_share": 0.0}), lambda *_: None, open_one=opener)
+
+
+def test_bad_input_ends_in_one_line_before_anything_starts(tmp_path):
+    text = tmp_path / "few.txt"
+    text.write_text("One two three four.\n\nFive six seven eight.\n")
+    missing = "[{name: mine, kind: file, path: /no/such/file}]"
+    given = "[{name: finetuned, kind: given, given: {kind: prompted, model: {path: 'pocket:target_a'}}}]"
+    lines, own = "[{name: lexicon quantile}]", "[{name: lexicon quantile, source: mine}]"
+    orders = {
+        "few texts": ("rewrite_transformer", ["--source.path", str(text), "--simulators", given, "--lines", lines], {}),
+        "no file": ("rewrite_transformer", ["--sources", missing, "--lines", own], {}),
+        "no simulator": ("rewrite_transformer", ["--simulator", "/no/such/simulator"], {}),
+        "no explainer": ("rewrite_transformer", ["--explainer", "/no/such/explainer"], {}),
+        "other coder": ("rewrite_transformer", ["--coder", "/no/such/coder"], {}),
+        "own texts": ("rewrite_transformer", ["--source.path", str(text)], {}),
+        "cut texts": ("rewrite_transformer", ["--where", "last"], {}),
+        "unknown line": ("rewrite_transformer", ["--headline", "nothing"], {}),
+    }
+    expected = {
+        "few texts": ["few.txt", "expected 2000 (statistics_texts)"],
+        "no file": ["/no/such/file"],
+        "no simulator": ["/no/such/simulator"],
+        "no explainer": ["/no/such/explainer"],
+        "other coder": ["/no/such/coder"],
+        "own texts": ["pocket world only", "set simulators"],
+        "cut texts": ["whole texts", "expected where: all"],
+        "unknown line": ["headline is 'nothing'"],
+    }
+    output = ["--output", str(tmp_path / "out")]
+    arguments = {name: (job, [*words, *output], variables) for name, (job, words, variables) in orders.items()}
+    for name, outcome in run_jobs(arguments).items():
+        assert outcome["status"] == 2 and not outcome["started"], (name, outcome)
+        check_line(outcome["stderr"], expected[name])
