@@ -6,6 +6,7 @@ what the job writes, so that an output folder can say which config it belongs to
 """
 
 from introspect_ray.config.base import Config, Fraction, differences, resolved
+from introspect_ray.config.cluster import CheckConfig, CheckedJob, LeaveConfig
 from introspect_ray.config.datasets import ConvertConfig, GenerateConfig, InspectConfig
 from introspect_ray.config.evaluation import EvaluateConfig, EvaluationRun, Method
 from introspect_ray.config.explainers import ExplainerConfig, ExportConfig, FitProjectionConfig, LoraConfig
@@ -45,6 +46,8 @@ __all__ = [
     "ActivationPatchingConfig",
     "ActorConfig",
     "BuildPocketConfig",
+    "CheckConfig",
+    "CheckedJob",
     "Config",
     "ConvertConfig",
     "EvaluateConfig",
@@ -60,6 +63,7 @@ __all__ = [
     "InputAblationConfig",
     "InspectConfig",
     "KnownModel",
+    "LeaveConfig",
     "LoggingConfig",
     "LoraConfig",
     "Method",
