@@ -16,7 +16,7 @@ def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """Inside the block SIGTERM raises KeyboardInterrupt. Only the main thread gets signals; in others nothing is set."""
+    """Inside the block SIGTERM raises KeyboardInterrupt; nothing is set in other threads than the main one."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -42,3 +42,5 @@ class LeaveConfig(Config):
     deadline_s: Annotated[int, Field(ge=1)] = 30
     """Seconds until this machine, or container, is ended."""
     reason: str = "the machine is taken away"
+    node_id: str | None = None
+    """Ray's id of the node that leaves; none takes the one that this process is on."""

@@ -15,19 +15,20 @@ from introspect_ray.errors import RunFailed, UserError
 
 
 def leave(config: LeaveConfig) -> str:
-    """Drain the node that this process is on; one line about it. What runs there may finish until the deadline.
+    """Drain a node; one line about it. What runs there may finish until the deadline.
 
     Raises UserError if RAY_ADDRESS names no cluster, RunFailed if Ray refuses.
     """
     if not is_elsewhere():
         raise UserError(f"{ADDRESS_VARIABLE} names no cluster that this node could leave")
     with connect():
-        node, address = ray.get_runtime_context().get_node_id(), ray.get_runtime_context().gcs_address
+        here = ray.get_runtime_context()
+        node, address = config.node_id or here.get_node_id(), here.gcs_address
     command = shutil.which("ray") or str(Path(sys.executable).with_name("ray"))
-    options = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", config.reason]
+    deadline = ["--deadline-remaining-seconds", str(config.deadline_s)]
+    why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", config.reason]
     done = subprocess.run(
-        [command, "drain-node", "--address", address, "--node-id", node, *options]
-        + ["--deadline-remaining-seconds", str(config.deadline_s)],
+        [command, "drain-node", "--address", address, "--node-id", node, *deadline, *why],
         capture_output=True,
         text=True,
         check=False,

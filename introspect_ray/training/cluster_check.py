@@ -140,7 +140,7 @@ def _disagreements(nodes: Sequence[Node]) -> list[str]:
 
 
 def check_cluster(config: CheckConfig, say: Callable[[str], None]) -> dict[CheckedJob, list[str]]:
-    """Look at the cluster that this process can join and `say` all that was found, line by line; returns the verdicts."""
+    """Look at the cluster that this process can join; `say` line by line what was found; returns the verdicts."""
     with connect():
         if config.scale_up_s:
             _scale_up(config, say)

@@ -1,0 +1,210 @@
+"""Jobs submitted to a head and two workers, behind a token, by the entry points and with the commands of k8s/.
+
+Local processes stand for pods: the same entry points, hooks and probes, with configs of pocket size.
+"""
+
+import re
+import shlex
+import subprocess
+import time
+import urllib.request
+
+import manifests
+import pytest
+import yaml
+from manifests import APP, CONFIG, K8S, REPOSITORY, of_kind, pods, render
+from node_processes import NodeProcesses
+
+from introspect_ray.data.dataset import open_dataset
+
+LIMIT_S = 400
+"""Of one job; a minute on an idle machine, many more on one that others use as well."""
+SOURCE_ROWS = 60
+POCKET = {
+    "generate_dataset": {
+        "source": {"limit": SOURCE_ROWS},
+        "items_per_shard": 6,
+        "actors": {"max_size": 2, "initial_size": 2},
+    },
+    "evaluate_explainer": {"methods": ["explainer", "majority"], "max_examples": 16},
+}
+
+pytestmark = [
+    pytest.mark.timeout(1500),
+    pytest.mark.skipif(manifests.kustomize() is None, reason="no kubectl with kustomize 4 or newer on PATH"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("submitted")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    # Ray's sockets want a short path.
+    nodes = NodeProcesses(tmp_path_factory.mktemp("n"))
+    try:
+        nodes.add_worker("one")
+        nodes.add_worker("two")
+        yield nodes
+    finally:
+        nodes.stop()
+
+
+def entry_point(overlay, job, folder, content):
+    """A RayJob's entry point, as it stands there, with the folders of the image and the config map as they are here."""
+    documents = render(K8S / "overlays" / overlay)
+    words = shlex.split(of_kind(documents, "RayJob")[job]["spec"]["entrypoint"])
+    (name,) = manifests.mounted_files(of_kind(documents, "RayJob")[job], documents)
+    (folder / name).write_text(yaml.safe_dump(content))
+    return [word.replace(APP, "").replace(CONFIG, f"{folder}/") for word in words]
+
+
+def wait_for(condition, cluster, job):
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        assert cluster.status(job) in ("PENDING", "RUNNING"), cluster.logs(job)
+        assert time.monotonic() < deadline, cluster.logs(job)
+        time.sleep(0.05)
+
+
+def test_nothing_without_the_token(cluster):
+    refused = cluster.ray("submit", "--no-wait", "--", "true", token=False)
+    assert refused.returncode != 0 and "Authentication" in refused.stderr
+    assert cluster.ask("/api/jobs/", token=False) == 401
+    assert cluster.ask("/api/jobs/") == []
+
+
+def test_probes_of_the_manifests_are_answered(cluster):
+    documents = [
+        one for overlay in ("try-out", "generate-gpu", "train-70b") for one in render(K8S / "overlays" / overlay)
+    ]
+    paths = {
+        (probe["path"], probe["port"])
+        for _, pod in pods(documents)
+        for container in pod["spec"]["containers"]
+        for kind in ("startup", "liveness", "readiness")
+        if (probe := container.get(f"{kind}Probe", {}).get("httpGet"))
+    }
+    assert paths == {("/api/healthz", 52365)}
+    for agent in cluster.agents.values():
+        with urllib.request.urlopen(f"http://127.0.0.1:{agent}/api/healthz", timeout=30) as response:
+            assert response.status == 200
+
+
+def test_the_check_is_green(cluster, folder):
+    words = ["--storage", str(folder), "--models", "pocket:target_a", "--trainer.num_workers", "2"]
+    cluster.submit("check", "python", "cluster/check.py", *words)
+    found = cluster.wait("check", LIMIT_S)
+    assert found["status"] == "SUCCEEDED", found["logs"]
+    for line in (
+        r"nodes: 3\n",
+        r"head: 0 CPUs",
+        r"-> .*: [\d,]+ MB/s\n",
+        rf"ok   {folder}\n",
+        "all 3 jobs that were asked",
+    ):
+        assert re.search(line, found["logs"]), found["logs"]
+    assert re.search(r"STOP train_70b_explainer \(not asked for\)\n +needs 8 processes", found["logs"])
+    assert not list(folder.glob(".tmp-*"))
+
+
+def test_the_check_is_red_for_what_is_not_there(cluster):
+    words = [
+        "--jobs",
+        "train_explainer",
+        "--trainer.num_workers",
+        "3",
+        "--storage",
+        "/proc/nowhere",
+        "--transfer_mb",
+        "0",
+    ]
+    cluster.submit("red", "python", "cluster/check.py", *words)
+    found = cluster.wait("red", LIMIT_S)
+    assert (found["status"], found["driver_exit_code"]) == ("FAILED", 1)
+    assert "needs 3 processes with 1 CPUs and 0 GPUs each, the nodes that are there have room for 2" in found["logs"]
+    assert "STOP /proc/nowhere" in found["logs"]
+
+
+def test_generation_goes_on_when_a_node_is_lost(cluster, folder):
+    """A spot node is told to leave, as its pod's hook does, and is gone before its shard is."""
+    content = {**POCKET["generate_dataset"], "output": str(folder / "dataset")}
+    cluster.submit("generate", *entry_point("generate-gpu", "generate-dataset", folder, content))
+    wait_for(lambda: list((folder / "dataset" / "shards").glob("shard-*")), cluster, "generate")
+    cluster.kill("two")
+    cluster.add_worker("three")
+    found = cluster.wait("generate", LIMIT_S)
+    assert found["status"] == "SUCCEEDED", found["logs"]
+    assert re.search(r"node \S+ \w{6} \(1 CPUs\) is lost \(.+\); what ran there is tried again", found["logs"])
+    assert re.search(r"node \S+ \w{6} \(1 CPUs\) has joined", found["logs"])
+    assert re.search(r"^generate: .*\d+/\d+ \[", found["logs"], re.M), "progress is lines"
+    dataset = open_dataset(str(folder / "dataset"))
+    assert dataset.manifest.source.rows == SOURCE_ROWS and "process_died" not in str(dataset.manifest.counts)
+
+
+def test_training_is_stopped_and_goes_on_when_a_node_is_lost(cluster, folder):
+    content = yaml.safe_load((REPOSITORY / "jobs" / "pocket_70b.yaml").read_text())
+    output = folder / "explainer"
+    content |= {"datasets": [str(folder / "dataset")], "output": str(output)}
+    content["trainer"]["checkpoint_every"] = 2
+    entry = entry_point("train-70b", "train-70b", folder, content)
+    cluster.submit("train", *entry)
+    wait_for(lambda: list(output.glob("checkpoints/step_*/state.json")), cluster, "train")
+    assert cluster.ray("stop", "train").returncode == 0
+    stopped = cluster.wait("train", LIMIT_S)
+    assert stopped["status"] == "STOPPED"
+    assert stopped["logs"].rstrip().endswith("interrupted; the same command continues"), stopped["logs"]
+    assert not (output / "explainer.json").exists()
+
+    newest = max(path.parent.name for path in output.glob("checkpoints/step_*/state.json"))
+    cluster.submit("train-again", *entry)
+    wait_for(
+        lambda: max(path.parent.name for path in output.glob("checkpoints/step_*/state.json")) > newest,
+        cluster,
+        "train-again",
+    )
+    cluster.kill("three")
+    cluster.add_worker("four")
+    found = cluster.wait("train-again", LIMIT_S)
+    assert found["status"] == "SUCCEEDED", found["logs"]
+    assert "is lost (" in found["logs"]
+    assert found["logs"].count("goes on from the checkpoint of step") == 2, found["logs"]
+    assert (output / "explainer.json").exists()
+
+
+def test_evaluation_ends_the_chain(cluster, folder):
+    runs = [{"dataset": str(folder / "dataset"), "explainer": str(folder / "explainer")}]
+    content = {**POCKET["evaluate_explainer"], "output": str(folder / "evaluation"), "runs": runs}
+    (folder / "evaluate.yaml").write_text(yaml.safe_dump(content))
+    cluster.submit("evaluate", "python", "jobs/evaluate_explainer.py", "--config", str(folder / "evaluate.yaml"))
+    found = cluster.wait("evaluate", LIMIT_S)
+    assert found["status"] == "SUCCEEDED", found["logs"]
+    assert (folder / "evaluation" / "report.html").exists()
+
+
+def test_a_spot_pod_lets_go_of_its_node(cluster):
+    """Its hook, as it stands in the manifest, on the node that this machine's processes belong to."""
+    documents = render(K8S / "overlays" / "generate-gpu")
+    (hook,) = [
+        container["lifecycle"]["preStop"]["exec"]["command"]
+        for _, pod in pods(documents)
+        for container in pod["spec"]["containers"]
+        if "lifecycle" in container
+    ]
+    nodes = cluster.ask("/nodes?view=summary")["data"]["summary"]
+    worker = next(
+        node["raylet"]["nodeId"]
+        for node in nodes
+        if node["raylet"]["state"] == "ALIVE" and not node["raylet"]["isHeadNode"]
+    )
+    done = subprocess.run(
+        [word.replace(APP, f"{REPOSITORY}/") for word in hook] + ["--node_id", worker],
+        env=cluster.environment | {"RAY_ADDRESS": cluster.address, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"node {worker[:6]} takes no more work, and has 45 s left for what it has"
