@@ -317,10 +317,10 @@ def _about(node: Node) -> list[str]:
     facts = node.facts
     if facts is None:
         return [node.problem]
-    gpus = f"{len(facts.gpus)} x {facts.gpus[0]} with {facts.gpu_memory_gib:.0f} GiB, driver {facts.driver}"
     versions = ", ".join(f"{name} {version}" for name, version in facts.packages.items())
+    kind = f"{', '.join(sorted(set(facts.gpus)))} with {facts.gpu_memory_gib:.0f} GiB at least, driver {facts.driver}"
     return [
-        *([gpus] if facts.gpus else []),
+        *([f"{len(facts.gpus)} x {kind}"] if facts.gpus else []),
         f"python {facts.python}, {versions}",
         f"{facts.disk_free_gib:.0f} GiB free for temporary files, /dev/shm {facts.shm_gib:.0f} GiB",
     ]
