@@ -34,14 +34,18 @@ APP, CONFIG = "/app/", "/etc/introspect/"
 Document = dict[str, Any]
 
 
+@cache
 def kustomize() -> list[str] | None:
-    """A command that renders a folder; None where there is none that knows components (kubectl since 1.21)."""
-    for command in (["kubectl", "kustomize"], ["kustomize", "build"]):
+    """A command that renders a folder; None where there is none with kustomize 4 or newer (kubectl 1.24 says which)."""
+    for command, version in (
+        (["kubectl", "kustomize"], ["kubectl", "version", "--client"]),
+        (["kustomize", "build"], ["kustomize", "version"]),
+    ):
         if shutil.which(command[0]):
-            tried = subprocess.run(
-                [*command, str(K8S / "overlays" / "train-70b-kueue")], capture_output=True, check=False
-            )
-            if tried.returncode == 0 or b"omponent" not in tried.stderr:
+            said = subprocess.run(version, capture_output=True, text=True, check=False).stdout
+            line = said.splitlines()[-1] if said else ""  # "Kustomize Version: v5.5.0", or the version alone
+            found = re.search(r"^(?:Kustomize Version: )?v(\d+)\.", line)
+            if found is not None and int(found[1]) >= 4:
                 return command
     return None
 

@@ -26,7 +26,18 @@ POCKET = {
         "items_per_shard": 6,
         "actors": {"max_size": 2, "initial_size": 2},
     },
-    "evaluate_explainer": {"methods": ["explainer", "majority"], "max_examples": 16},
+    "evaluate_explainer": {
+        "methods": ["majority", "explainer", "no_vector", "zero_vector", "swapped_vector"],
+        "max_examples": 16,
+        "actors": {"min_size": 2, "initial_size": 2, "max_size": 2},
+    },
+    "quickstart": {
+        "tasks": ["activation_patching"],
+        "max_examples": 16,
+        "activation_patching": {"source": {"limit": 60}, "optimization": {"steps": 6, "batch_size": 8}},
+        "actors": {"max_size": 2},
+        "trainer": {"num_workers": 2, "cpus_per_worker": 1},
+    },
 }
 
 pytestmark = [
@@ -174,13 +185,18 @@ def test_training_is_stopped_and_goes_on_when_a_node_is_lost(cluster, folder):
     assert (output / "explainer.json").exists()
 
 
-def test_evaluation_ends_the_chain(cluster, folder):
+def test_evaluation_goes_on_when_a_node_is_lost(cluster, folder):
     runs = [{"dataset": str(folder / "dataset"), "explainer": str(folder / "explainer")}]
     content = {**POCKET["evaluate_explainer"], "output": str(folder / "evaluation"), "runs": runs}
     (folder / "evaluate.yaml").write_text(yaml.safe_dump(content))
     cluster.submit("evaluate", "python", "jobs/evaluate_explainer.py", "--config", str(folder / "evaluate.yaml"))
+    answers = folder / "evaluation" / "answers" / "activation_patching"
+    wait_for((answers / "explainer.json").exists, cluster, "evaluate")
+    cluster.kill("four")
+    cluster.add_worker("five")
     found = cluster.wait("evaluate", LIMIT_S)
     assert found["status"] == "SUCCEEDED", found["logs"]
+    assert "is lost (" in found["logs"]
     assert (folder / "evaluation" / "report.html").exists()
 
 
@@ -208,3 +224,13 @@ def test_a_spot_pod_lets_go_of_its_node(cluster):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"node {worker[:6]} takes no more work, and has 45 s left for what it has"
+
+
+@pytest.mark.slow
+def test_the_quickstart_runs_undisturbed_on_two_nodes(cluster, folder):
+    content = {**POCKET["quickstart"], "output": str(folder / "quickstart")}
+    cluster.submit("quickstart", *entry_point("try-out", "quickstart", folder, content))
+    found = cluster.wait("quickstart", 2 * LIMIT_S)
+    assert found["status"] == "SUCCEEDED", found["logs"]
+    assert (folder / "quickstart" / "evaluation" / "report.html").exists()
+    assert "is lost" not in found["logs"]
