@@ -5,6 +5,7 @@ Nodes are started by cluster/start.sh. Only processes that were started here are
 
 import json
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -54,8 +55,12 @@ class NodeProcesses:
             "RAY_AUTH_TOKEN_PATH": str(folder / "auth_token"),
         }
         options = [f"--port={gcs}", f"--dashboard-port={self.dashboard}", f"--ray-client-server-port={free_port()}"]
-        self._start("head", "head", *options, f"--temp-dir={folder / 'ray'}")
-        self.address = f"{self._machine()}:{gcs}"
+        try:
+            self._start("head", "head", *options, f"--temp-dir={folder / 'ray'}")
+            self.address = re.findall(r"ray start --address='(\S+)'", (folder / "head.log").read_text())[0]
+        except BaseException:
+            self.stop()
+            raise
 
     def add_worker(self, name: str) -> None:
         self._start(name, "worker", self.address, "--num-cpus=1")
@@ -75,10 +80,6 @@ class NodeProcesses:
         while "Ray runtime started" not in log.read_text():
             assert self.processes[name].poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
-
-    def _machine(self) -> str:
-        text = (self.folder / "head.log").read_text()
-        return text.partition("Local node IP: ")[2].split()[0].removesuffix("\x1b[22m").removeprefix("\x1b[1m")
 
     def kill(self, name: str) -> None:
         """End a node as a machine ends: all of it at once, and without a word."""

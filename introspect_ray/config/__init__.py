@@ -6,7 +6,7 @@ what the job writes, so that an output folder can say which config it belongs to
 """
 
 from introspect_ray.config.base import Config, Fraction, differences, resolved
-from introspect_ray.config.cluster import CheckConfig, CheckedJob, LeaveConfig
+from introspect_ray.config.cluster import CheckConfig, CheckedJob
 from introspect_ray.config.datasets import ConvertConfig, GenerateConfig, InspectConfig
 from introspect_ray.config.evaluation import EvaluateConfig, EvaluationRun, Method
 from introspect_ray.config.explainers import ExplainerConfig, ExportConfig, FitProjectionConfig, LoraConfig
@@ -63,7 +63,6 @@ __all__ = [
     "InputAblationConfig",
     "InspectConfig",
     "KnownModel",
-    "LeaveConfig",
     "LoggingConfig",
     "LoraConfig",
     "Method",

@@ -1,4 +1,4 @@
-"""Running clusters: the check of one, and a node that leaves."""
+"""The check of a running cluster."""
 
 from __future__ import annotations
 
@@ -34,13 +34,3 @@ class CheckConfig(Config):
     """Ask the autoscaler for what `jobs` need and wait so many seconds for it; 0 takes the cluster as it is."""
     timeout_s: Annotated[int, Field(ge=1)] = 300
     """Longest time that one node may take to answer."""
-
-
-class LeaveConfig(Config):
-    """cluster/leave.py: let this node leave its cluster."""
-
-    deadline_s: Annotated[int, Field(ge=1)] = 30
-    """Seconds until this machine, or container, is ended."""
-    reason: str = "the machine is taken away"
-    node_id: str | None = None
-    """Ray's id of the node that leaves; none takes the one that this process is on."""
