@@ -17,7 +17,6 @@ from introspect_ray.data.storage import TEMPORARY, Folder
 from introspect_ray.errors import UserError
 
 PACKAGES = (
-    "introspect-ray",
     "ray",
     "torch",
     "transformers",

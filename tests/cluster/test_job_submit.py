@@ -18,16 +18,16 @@ from introspect_ray.data.dataset import open_dataset
 
 LIMIT_S = 400
 """Of one job; a minute on an idle machine, many more on one that others use as well."""
-SOURCE_ROWS = 60
 POCKET = {
     "generate_dataset": {
-        "source": {"limit": SOURCE_ROWS},
+        "source": {"limit": 60},
         "items_per_shard": 6,
         "actors": {"max_size": 2, "initial_size": 2},
     },
     "evaluate_explainer": {
         "methods": ["majority", "explainer", "no_vector", "zero_vector", "swapped_vector"],
         "max_examples": 16,
+        "batch_size": 2,
         "actors": {"min_size": 2, "initial_size": 2, "max_size": 2},
     },
     "quickstart": {
@@ -81,6 +81,11 @@ def wait_for(condition, cluster, job):
         time.sleep(0.05)
 
 
+def newest_checkpoint(output):
+    """Its name; "" without any."""
+    return max((path.parent.name for path in output.glob("checkpoints/step_*/state.json")), default="")
+
+
 def test_nothing_without_the_token(cluster):
     refused = cluster.ray("submit", "--no-wait", "--", "true", token=False)
     assert refused.returncode != 0 and "Authentication" in refused.stderr
@@ -103,7 +108,7 @@ def test_probes_of_the_manifests_are_answered(cluster):
 
 
 def test_the_check_is_green(cluster, folder):
-    words = ["--storage", str(folder), "--models", "pocket:target_a", "--trainer.num_workers", "2"]
+    words = ["--storage", str(folder), "--trainer.num_workers", "2", "--transfer_mb", "16"]
     cluster.submit("check", "python", "cluster/check.py", *words)
     found = cluster.wait("check", LIMIT_S)
     assert found["status"] == "SUCCEEDED", found["logs"]
@@ -148,7 +153,7 @@ def test_generation_goes_on_when_a_node_is_lost(cluster, folder):
     assert re.search(r"node \S+ \w{6} \(1 CPUs\) is lost \(.+\); what ran there is tried again", found["logs"])
     assert re.search(r"^generate: .*\d+/\d+ \[", found["logs"], re.M), "progress is lines"
     dataset = open_dataset(str(folder / "dataset"))
-    assert dataset.manifest.source.rows == SOURCE_ROWS and "process_died" not in str(dataset.manifest.counts)
+    assert dataset.manifest.num_records > 0 and "process_died" not in str(dataset.manifest.counts)
 
 
 def test_training_is_stopped_and_goes_on_when_a_node_is_lost(cluster, folder):
@@ -158,20 +163,16 @@ def test_training_is_stopped_and_goes_on_when_a_node_is_lost(cluster, folder):
     content["trainer"]["checkpoint_every"] = 2
     entry = entry_point("train-70b", folder, content)
     cluster.submit("train", *entry)
-    wait_for(lambda: list(output.glob("checkpoints/step_*/state.json")), cluster, "train")
+    wait_for(lambda: newest_checkpoint(output), cluster, "train")
     assert cluster.ray("stop", "train").returncode == 0
     stopped = cluster.wait("train", LIMIT_S)
     assert stopped["status"] == "STOPPED"
     assert stopped["logs"].rstrip().endswith("interrupted; the same command continues"), stopped["logs"]
     assert not (output / "explainer.json").exists()
 
-    newest = max(path.parent.name for path in output.glob("checkpoints/step_*/state.json"))
+    before = newest_checkpoint(output)
     cluster.submit("train-again", *entry)
-    wait_for(
-        lambda: max(path.parent.name for path in output.glob("checkpoints/step_*/state.json")) > newest,
-        cluster,
-        "train-again",
-    )
+    wait_for(lambda: newest_checkpoint(output) > before, cluster, "train-again")
     cluster.kill("three")
     cluster.add_worker("four")
     found = cluster.wait("train-again", LIMIT_S)
@@ -207,7 +208,7 @@ def test_the_quickstart_runs_undisturbed_on_two_nodes(cluster, folder):
 
 
 def test_a_spot_pod_lets_go_of_its_node(cluster):
-    """Its hook, as it stands in the manifest, on the node of this machine that Ray takes for this process's: the head."""
+    """Its hook, as it stands in the manifest, on the node that Ray takes for this process's: of several, the head."""
     (hook,) = [
         container["lifecycle"]["preStop"]["exec"]["command"]
         for _, pod in pods(list(written_jobs().values()))

@@ -9,6 +9,7 @@ import manifests
 import pytest
 import yaml
 from manifests import K8S, REPOSITORY, pods, problems, ray_clusters, render
+from ray.scripts.scripts import cli
 
 import introspect_ray.presets
 from introspect_ray.config import TrainConfig
@@ -86,6 +87,20 @@ def test_generation_fits_its_nodes(rendered):
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
         assert config.actors.num_gpus == int(limits["nvidia.com/gpu"])
         assert config.actors.num_cpus <= int(limits["cpu"])
+
+
+def test_hooks_are_commands_that_ray_has(rendered):
+    hooks = [
+        container["lifecycle"]["preStop"]["exec"]["command"]
+        for documents in rendered.values()
+        for _, pod in pods(documents)
+        for container in pod["spec"]["containers"]
+        if "lifecycle" in container
+    ]
+    assert hooks
+    for ray, command, *arguments in hooks:
+        assert ray == "ray"
+        cli.commands[command].make_context(command, arguments)
 
 
 PLANTED = {
