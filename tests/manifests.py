@@ -293,9 +293,24 @@ def reference_problems(documents: Sequence[Document]) -> list[str]:
             for source in filter(None, sources):
                 if source["name"] not in made_secrets():
                     found.append(f"{name}: secret {source['name']} is not made by k8s/secrets.sh")
-    for kind, path in (("NetworkPolicy", ("podSelector",)), ("PodDisruptionBudget", ("selector",))):
-        for name, document in of_kind(documents, kind).items():
-            selector = document["spec"][path[0]].get("matchLabels", {})
-            if not any(selector.items() <= one.items() for one in labels):
-                found.append(f"{kind} {name} selects no pod")
+    for name, document in of_kind(documents, "NetworkPolicy").items():
+        selector = document["spec"]["podSelector"].get("matchLabels", {})
+        if not any(selector.items() <= one.items() for one in labels):
+            found.append(f"NetworkPolicy {name} selects no pod")
+    return found + budget_problems(documents)
+
+
+def budget_problems(documents: Sequence[Document]) -> list[str]:
+    """Kubernetes knows no wanted number of pods that an operator owns, so budgets must say it: all they select."""
+    found = []
+    for name, budget in of_kind(documents, "PodDisruptionBudget").items():
+        selector = budget["spec"]["selector"]["matchLabels"]
+        selected = sum(
+            group.get("replicas", 1)
+            for _, cluster in ray_clusters(documents)
+            for group in groups(cluster)
+            if selector.items() <= group["template"]["metadata"]["labels"].items()
+        )
+        if budget["spec"].get("minAvailable") != selected or not selected:
+            found.append(f"PodDisruptionBudget {name} keeps {budget['spec'].get('minAvailable')} of {selected} pods")
     return found

@@ -9,6 +9,7 @@ from introspect_ray.config import CheckConfig
 from introspect_ray.data import probe
 from introspect_ray.data.nodes import changes
 from introspect_ray.data.probe import PACKAGES, NodeFacts, open_model, read_gpus
+from introspect_ray.training import cluster_check
 from introspect_ray.training.cluster_check import Findings, Node, needs, report, room, verdicts
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -135,3 +136,16 @@ def test_nodes_that_come_and_go():
     assert changes(here, {"abcdef99": seen(False, 2, "missed\n heartbeats")}) == [
         f"{name} is lost (missed heartbeats); what ran there is tried again"
     ]
+
+
+def test_the_autoscaler_is_asked_for_the_largest_job_and_released(monkeypatch):
+    asked, said = [], []
+    waves = iter([[], [node(cpus=4, gpus=1)], [node(cpus=4, gpus=1)] * 2])
+    monkeypatch.setattr(cluster_check, "request_resources", lambda bundles: asked.append(bundles))
+    monkeypatch.setattr(cluster_check, "_alive_nodes", lambda: next(waves))
+    monkeypatch.setattr(cluster_check, "POLL_S", 0.0)
+    trainer = {"num_workers": 2, "cpus_per_worker": 4, "gpus_per_worker": 1}
+    config = CheckConfig.model_validate({"trainer": trainer, "scale_up_s": 600})
+    cluster_check._scale_up(config, said.append)
+    assert asked == [[{"CPU": 4, "GPU": 1}] * 2, []]
+    assert said == ["asked the autoscaler for 2 x {'CPU': 4.0, 'GPU': 1.0}: room for 2"]

@@ -100,3 +100,43 @@ def test_start_script_says_what_is_missing(tmp_path):
             check=False,
         )
         assert done.returncode == 2 and expected in done.stderr, done.stderr
+
+
+@pytest.fixture
+def fake_ray(tmp_path):
+    """Runs cluster/start.sh with a `ray` that says how it was called; health checks fail for an address without it."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "ray").write_text(
+        '#!/bin/sh\n[ "$1 $3" = "health-check nowhere:1" ] && exit 1\necho "$RAY_AUTH_MODE: $*"\n'
+    )
+    (folder / "ray").chmod(0o755)
+
+    def start(*words):
+        path = f"{folder}:{Path(sys.executable).parent}:/usr/bin:/bin"
+        return subprocess.run(
+            [CLUSTER / "start.sh", *words],
+            env={"PATH": path, "HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return start
+
+
+def test_start_script_makes_one_token_for_its_owner_alone(fake_ray, tmp_path):
+    token = tmp_path / ".ray" / "auth_token"
+    first = fake_ray("head", "--port=7000")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.splitlines()[-1] == (
+        "token: start --head --num-cpus=0 --num-gpus=0 --dashboard-host=127.0.0.1 --port=7000"
+    )
+    assert token.stat().st_mode & 0o777 == 0o600 and len(token.read_text()) == 64
+    before = token.read_text()
+    assert "wrote a new token" in first.stdout and before not in first.stdout
+    assert "wrote a new token" not in fake_ray("head").stdout and token.read_text() == before
+    worker = fake_ray("worker", "10.0.0.1:6379", "--num-gpus=8")
+    assert worker.stdout.splitlines()[-1] == "token: start --address=10.0.0.1:6379 --num-gpus=8"
+    nobody = fake_ray("worker", "nowhere:1")
+    assert nobody.returncode == 2 and "no Ray head that takes this token answers at nowhere:1" in nobody.stderr

@@ -193,10 +193,10 @@ def test_planted_mistakes_in_core_kinds_are_found(rendered):
     policy = manifests.of_kind(documents, "NetworkPolicy")["dashboard-in"]
     policy["spec"]["ingres"] = policy["spec"].pop("ingress")
     budget = manifests.of_kind(documents, "PodDisruptionBudget")["train-70b"]
-    budget["spec"]["selector"]["matchLabels"]["introspect-ray/job"] = "train-7b"
+    budget["spec"]["selector"]["matchLabels"]["introspect-ray/workload"] = "train-7b"
     assert any("'ingres' was unexpected" in line for line in problems(documents))
     policy["spec"].pop("ingres")
-    assert "PodDisruptionBudget train-70b selects no pod" in problems(documents)
+    assert "PodDisruptionBudget train-70b keeps 2 of 0 pods" in problems(documents)
 
 
 def test_who_reaches_the_dashboard(rendered):
