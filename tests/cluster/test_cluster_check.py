@@ -10,7 +10,7 @@ from introspect_ray.data import probe
 from introspect_ray.data.nodes import changes
 from introspect_ray.data.probe import PACKAGES, NodeFacts, open_model, read_gpus
 from introspect_ray.training import cluster_check
-from introspect_ray.training.cluster_check import Findings, Node, needs, report, room, verdicts
+from introspect_ray.training.cluster_verdicts import Findings, Node, needs, report, room, verdicts
 
 H100 = "NVIDIA H100 80GB HBM3"
 
