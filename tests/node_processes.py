@@ -7,9 +7,11 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -34,6 +36,9 @@ class NodeProcesses:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        # Short, because sockets lie in it. Each node has a folder of its own there, as machines have: nodes that shared
+        # one would take away each other's copies of the working directory.
+        self.temporary = Path(tempfile.mkdtemp(prefix="nodes-"))
         self.token = secrets.token_hex(16)
         (folder / "auth_token").write_text(self.token)
         self.dashboard, gcs = free_port(), free_port()
@@ -56,7 +61,7 @@ class NodeProcesses:
         }
         options = [f"--port={gcs}", f"--dashboard-port={self.dashboard}", f"--ray-client-server-port={free_port()}"]
         try:
-            self._start("head", "head", *options, f"--temp-dir={folder / 'ray'}")
+            self._start("head", "head", *options)
             self.address = re.findall(r"ray start --address='(\S+)'", (folder / "head.log").read_text())[0]
         except BaseException:
             self.stop()
@@ -69,9 +74,10 @@ class NodeProcesses:
         self.agents[name] = free_port()
         log = self.folder / f"{name}.log"
         options = [f"--dashboard-agent-listen-port={self.agents[name]}", f"--metrics-export-port={free_port()}"]
+        options += [f"--temp-dir={self.temporary / name}", "--object-store-memory=100000000", "--block"]
         with log.open("wb") as stream:
             self.processes[name] = subprocess.Popen(
-                [REPOSITORY / "cluster" / "start.sh", *words, *options, "--object-store-memory=100000000", "--block"],
+                [REPOSITORY / "cluster" / "start.sh", *words, *options],
                 env=self.environment,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
@@ -94,11 +100,12 @@ class NodeProcesses:
     def stop(self) -> None:
         for name in list(self.processes):
             self.kill(name)
+        shutil.rmtree(self.temporary, ignore_errors=True)
 
-    def ask(self, path: str, token: bool = True) -> Any:
+    def ask(self, path: str, token: bool = True, method: str = "GET") -> Any:
         """What the dashboard answers; the HTTP status where it refuses."""
         headers = {"Authorization": f"Bearer {self.token}"} if token else {}
-        request = urllib.request.Request(f"http://127.0.0.1:{self.dashboard}{path}", headers=headers)
+        request = urllib.request.Request(f"http://127.0.0.1:{self.dashboard}{path}", headers=headers, method=method)
         try:
             with urllib.request.urlopen(request, timeout=30) as response:
                 return json.loads(response.read())
@@ -133,6 +140,10 @@ class NodeProcesses:
 
     def status(self, name: str) -> str:
         return self.ask(f"/api/jobs/{name}")["status"]
+
+    def stop_job(self, name: str) -> None:
+        """What `ray job stop` asks for, without the seconds that the command takes to start."""
+        assert self.ask(f"/api/jobs/{name}/stop", method="POST") == {"stopped": True}
 
     def logs(self, name: str) -> str:
         return self.ask(f"/api/jobs/{name}/logs")["logs"]

@@ -3,12 +3,16 @@
 On node processes the check runs in test_job_submit.py.
 """
 
+import runpy
+from pathlib import Path
+
 import pytest
 
 from introspect_ray.config import CheckConfig
 from introspect_ray.data import probe
 from introspect_ray.data.nodes import changes
 from introspect_ray.data.probe import PACKAGES, NodeFacts, open_model, read_gpus
+from introspect_ray.errors import RunFailed
 from introspect_ray.training import cluster_check
 from introspect_ray.training.cluster_verdicts import Findings, Node, needs, report, room, verdicts
 
@@ -149,3 +153,13 @@ def test_the_autoscaler_is_asked_for_the_largest_job_and_released(monkeypatch):
     cluster_check._scale_up(config, said.append)
     assert asked == [[{"CPU": 4, "GPU": 1}] * 2, []]
     assert said == ["asked the autoscaler for 2 x {'CPU': 4.0, 'GPU': 1.0}: room for 2"]
+
+
+def test_the_job_fails_for_what_was_asked_for_alone(monkeypatch, capsys):
+    main = runpy.run_path(str(Path(__file__).parents[2] / "cluster" / "check.py"))["main"]
+    found = {"generate_dataset": [], "train_explainer": ["no room"], "train_70b_explainer": ["no GPU"]}
+    monkeypatch.setattr(cluster_check, "check_cluster", lambda config, say: found)
+    main(CheckConfig(jobs=("generate_dataset",)))
+    assert capsys.readouterr().out == "all 1 jobs that were asked for can run here\n"
+    with pytest.raises(RunFailed, match="^1 of 2 jobs cannot run here: train_explainer; reasons above$"):
+        main(CheckConfig(jobs=("generate_dataset", "train_explainer")))
