@@ -66,6 +66,7 @@ from introspect_ray.explainer.model import Explainer
 from introspect_ray.explainer.projections import Projections
 from introspect_ray.interventions.target import Target
 from introspect_ray.models.loading import load_tokenizer
+from introspect_ray.models.streaming import Streamer, WeightFiles, empty_model, quantize_layers
 from introspect_ray.models.structure import decoder_layers
 from introspect_ray.tasks.base import OK
 from introspect_ray.tasks.registry import get_task
@@ -329,39 +330,34 @@ def describe(examples: Examples) -> None:
 # --- one GPU ----------------------------------------------------------------------------------------------------
 
 
-def quantized_model(config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """A model with random weights whose layers are in 4 bits (NF4, double quantisation), quantized one by one."""
-    import bitsandbytes as bnb
+class RandomWeights(WeightFiles):
+    """What a checkpoint of the model would hold, drawn when it is asked for."""
 
-    with torch.device("meta"):
-        model: PreTrainedModel = LlamaForCausalLM(config)
-    generator = torch.Generator(device).manual_seed(0)
+    def __init__(self, model: PreTrainedModel, device: torch.device):
+        self.path = "random weights"
+        self._empty = model.state_dict()
+        self.file_of = dict.fromkeys(self._empty, "")
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    def read(self, name: str) -> Tensor:
+        empty = self._empty[name]
+        made = torch.ones(empty.shape, dtype=empty.dtype, device=self._generator.device)
+        return made if made.dim() == 1 else made.normal_(0, 0.02, generator=self._generator)
+
+
+def quantized_model(folder: str, device: torch.device) -> PreTrainedModel:
+    """The model of a folder's config.json with random weights, its layers in 4 bits as the training job puts them."""
+    model = empty_model(ModelConfig(path=folder), torch.bfloat16, num_tokens=0)
+    weights = RandomWeights(model, device)
+    quantize_layers(model, torch.bfloat16)
+
+    def fill(name: str, _: torch.Size) -> Tensor:
+        raise AssertionError(f"{name} is no weight of a checkpoint")
+
+    streamer = Streamer(model, weights, device, fill)
     for layer in decoder_layers(model):
-        for name, module in list(layer.named_modules()):
-            if not isinstance(module, nn.Linear):
-                continue
-            with torch.device("meta"):
-                linear = bnb.nn.Linear4bit(
-                    module.in_features, module.out_features, bias=False, compute_dtype=dtype, quant_type="nf4"
-                )
-            weight = torch.empty(module.weight.shape, dtype=dtype, device=device).normal_(0, 0.02, generator=generator)
-            linear.weight = bnb.nn.Params4bit(
-                weight, requires_grad=False, compress_statistics=True, quant_type="nf4", quant_storage=dtype
-            ).to(device)  # which quantizes
-            layer.set_submodule(name, linear)
-    # What is left: embeddings, head, norms, and the rotary frequencies, which are a function of the config.
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.is_meta:
-                start = torch.ones if parameter.dim() == 1 else torch.empty
-                value = start(parameter.shape, dtype=dtype, device=device)
-                if parameter.dim() > 1:
-                    value.normal_(0, 0.02, generator=generator)
-                setattr(module, name, nn.Parameter(value, requires_grad=False))
-    inner: Any = model.model
-    with device:
-        inner.rotary_emb = type(inner.rotary_emb)(config)
-    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # where PEFT looks
+        streamer.load(layer)
+    streamer.load(model)
     return model
 
 
@@ -376,9 +372,8 @@ class OnGpu:
     planned_gib: float
 
 
-def planned_gib(config: LlamaConfig, training: TrainConfig, folder: str) -> float:
-    """Peak memory of one worker that the plan foresees."""
-    config.save_pretrained(folder)
+def planned_gib(training: TrainConfig, folder: str) -> float:
+    """Peak memory of one worker that the plan foresees for the model of a folder's config.json."""
     model = training.explainer.model.model_copy(update={"path": folder, "dtype": "bfloat16"})
     explainer = training.explainer.model_copy(update={"model": model})
     trainer = training.trainer.model_copy(update={"gpus_per_worker": 1})
@@ -398,8 +393,9 @@ def on_gpu(shape: str, arguments: argparse.Namespace) -> OnGpu:
     count = math.ceil(arguments.batch_size * steps / 2)
     records = {name: records_of(name, count) for name in ("input_ablation", "activation_patching")}
     with tempfile.TemporaryDirectory() as folder:
-        planned = planned_gib(config, training, folder)
-        explainer = explainer_around(quantized_model(config, device, torch.bfloat16), "lora", training.lora)
+        config.save_pretrained(folder)
+        planned = planned_gib(training, folder)
+        explainer = explainer_around(quantized_model(folder, device), "lora", training.lora)
         explainer.causal.enable_input_require_grads()
         explainer.causal.gradient_checkpointing_enable({"use_reentrant": False})
         examples = examples_of(explainer, records, Path(folder) / "examples")

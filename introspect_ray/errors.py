@@ -11,6 +11,11 @@ class UserError(Exception):
         super().__init__(" ".join(message.split()))
 
 
+class StorageError(UserError):
+    """Storage that refuses or cannot be reached: the user's to mend before a run starts; while it goes on, a reason to
+    try again."""
+
+
 class RunFailed(Exception):
     """A run that was started as asked and could not be completed, said in one line. Jobs exit with status 1."""
 

@@ -13,7 +13,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from introspect_ray.errors import UserError
+from introspect_ray.errors import StorageError, UserError
 
 TEMPORARY = ".tmp-"
 """Names that begin so are writes that were interrupted; nobody reads them."""
@@ -26,7 +26,7 @@ _ABSENT = (FileNotFoundError, NotADirectoryError)
 
 @contextmanager
 def storage_errors(what: str, passed: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Whatever a file system raises inside the block becomes a UserError `WHAT: REASON`, except what is `passed`."""
+    """Whatever a file system raises inside the block becomes a StorageError `WHAT: REASON`, except what is `passed`."""
     as_they_are: tuple[type[Exception], ...] = (UserError, *passed)
     try:
         yield
@@ -34,7 +34,36 @@ def storage_errors(what: str, passed: tuple[type[Exception], ...] = ()) -> Itera
         raise
     except Exception as error:  # every backend has its own; botocore's are not even OSErrors
         lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
-        raise UserError(f"{what}: {lines[0] if lines else type(error).__name__}") from error
+        raise StorageError(f"{what}: {lines[0] if lines else type(error).__name__}") from error
+
+
+class _Guarded(io.RawIOBase):
+    """A file of any file system, to read; what goes wrong meanwhile is a StorageError."""
+
+    def __init__(self, file: io.IOBase, what: str):
+        self._file: Any = file
+        self._what = what
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, size: int | None = -1) -> bytes:
+        with storage_errors(self._what):
+            return self._file.read(-1 if size is None else size)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        with storage_errors(self._what):
+            return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 @dataclass(frozen=True)
@@ -42,7 +71,7 @@ class Folder:
     """A folder by its URL (`s3://`, `file://`, `memory://`, or a plain path). Ships to other processes as that URL.
 
     Keys, endpoint and retries of an object store come from its usual environment variables and config files. Every
-    method raises UserError where the storage refuses or cannot be reached.
+    method raises StorageError where the storage refuses or cannot be reached.
     """
 
     url: str
@@ -68,10 +97,14 @@ class Folder:
             return filesystem.cat_file(f"{root}/{name}", start=start, end=end)
 
     def open(self, name: str) -> io.IOBase:
-        """The file for random access, e.g. to read only the footer of a shard. Raises FileNotFoundError."""
+        """The file for random access, e.g. to read only the footer of a shard. Raises FileNotFoundError.
+
+        Reading from it raises StorageError as well, so that storage that is away is not taken for a damaged file.
+        """
         filesystem, root = self._open()
-        with storage_errors(f"{self.url}/{name} cannot be read", _ABSENT):
-            return filesystem.open(f"{root}/{name}", "rb")
+        what = f"{self.url}/{name} cannot be read"
+        with storage_errors(what, _ABSENT):
+            return _Guarded(filesystem.open(f"{root}/{name}", "rb"), what)
 
     def write(self, name: str, content: bytes) -> None:
         """Create or replace a file so that readers see the old content or the new, and nothing between.

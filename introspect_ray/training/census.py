@@ -59,6 +59,7 @@ def arithmetic_of(config: TrainConfig, shape: PretrainedConfig) -> Arithmetic:
         is_checkpointed=trainer.activation_checkpointing,
         is_autocast=is_bfloat16 and not is_sharded,
         has_fused_dropout=trainer.gpus_per_worker > 0,
+        is_quantized=config.method == "qlora",
     )
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import re
 import threading
 import uuid
@@ -29,11 +30,10 @@ import torch
 from torch import Tensor
 
 from introspect_ray.data.storage import Folder
-from introspect_ray.errors import UserError
 from introspect_ray.training.pieces import DamagedPieces, PieceReader, Rows, index_bytes, write_pieces
 from introspect_ray.training.trainable import Trainable
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 STATE_FILE = "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 logger = logging.getLogger(__name__)
@@ -60,6 +60,8 @@ class TrainState:
     """What it scored, by metric."""
     bad_evaluations: int = 0
     """Evaluations since then."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """The last line of metrics, so that a run of which only the export is left need not trust that the log took it."""
 
 
 class CheckpointStore:
@@ -91,9 +93,23 @@ class CheckpointStore:
                 return step
         return 0
 
+    def best(self, until: int, metric: str = "", least: float = -math.inf) -> int:
+        """The last step up to `until` that was the best evaluation so far, whose checkpoint was completed and whose
+        score in `metric`, if one is named, is at least `least`; 0 if there is none.
+
+        Each best is better than those before it, so this is the best one whose weights are there.
+        """
+        for step in reversed(self.steps()):
+            if step <= until and self._best_of(step) == step:
+                scores = self._vouched(step)["best_scores"]
+                return step if not metric or scores[metric] >= least else 0
+        return 0
+
     def complete(self, state: TrainState, indices: Sequence[str]) -> None:
-        """Let the checkpoint of `state` count, then remove all but the newest and those that they name as their best,
-        and later ones that a run has gone back behind because they were damaged."""
+        """Let the checkpoint of `state` count, then remove all but the newest, those that they name as their best,
+        and later ones that a run has gone back behind because they were damaged.
+
+        Where a best was never written, the best before it stays in its place."""
         place = self.place(state.step)
         digests = {name: hashlib.sha256(place.read(name)).hexdigest() for name in indices}
         vouched = {"format_version": FORMAT_VERSION, "run_key": self.run_key, "indices": digests, **asdict(state)}
@@ -102,7 +118,7 @@ class CheckpointStore:
         # Not the newest by name but the newest that count: what was interrupted does not push out what is whole.
         whole = [step for step in steps if step <= state.step and self.place(step).size(STATE_FILE) is not None]
         newest = whole[-self.keep :]
-        best = {self._best_of(step) for step in newest}
+        best = {self.best(until=self._best_of(step)) for step in newest}
         for step in steps:
             if (step < newest[0] and step not in best) or step > state.step:
                 self._remove(step)
@@ -137,7 +153,7 @@ class CheckpointStore:
         """The step that one checkpoint calls its best; 0 if it has none yet, or does not count."""
         try:
             return int(self._vouched(step)["best_step"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return 0
 
     def _remove(self, step: int) -> None:
@@ -180,23 +196,30 @@ class Checkpoints:
         self._writers = self.workers.size if trainable.is_sharded else 1
         self._writing: _Writing | None = None
 
-    def restore(self, at_step: int | None = None) -> TrainState:
-        """Load the newest checkpoint that is whole for all workers, or the one of a step; a fresh state without one.
+    def restore(self) -> TrainState:
+        """Load the newest checkpoint that is whole for all workers; a fresh state without one.
 
         Raises:
-            ConnectionError: this worker cannot reach the storage, which says nothing against the checkpoints there.
+            StorageError: this worker cannot reach the storage, which says nothing against the checkpoints there.
         """
-        try:
-            return self._restore(at_step)
-        except UserError as error:
-            raise ConnectionError(str(error)) from error  # Nobody's mistake: the group ends, and another one tries.
+        return self._restore(self.store.newest)
 
-    def _restore(self, at_step: int | None) -> TrainState:
-        below = None if at_step is None else at_step + 1
+    def restore_best(self, step: int, metric: str, least: float) -> TrainState:
+        """Load the checkpoint of the best evaluation, at `step`, or of the best before it whose checkpoint is whole for
+        all workers, as long as its score in `metric` is at least `least`; a fresh state without one."""
+
+        def best(below: int | None) -> int:
+            return self.store.best(step if below is None else below - 1, metric, least)
+
+        return self._restore(best)
+
+    def _restore(self, choose: Callable[[int | None], int]) -> TrainState:
+        """`choose` gives rank 0 the step to try, before another if one is given; 0 ends it."""
+        below: int | None = None
         while True:
-            own = self.store.newest(below) if self.workers.rank == 0 else 0
+            own = choose(below) if self.workers.rank == 0 else 0
             step = self.workers.agree(own, self.trainable.device)
-            if step == 0 or (at_step is not None and step < at_step):
+            if step == 0:
                 return TrainState()
             try:
                 state, reader = self.store.open(step)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,6 +35,8 @@ BLOBS_FILE, INDEX_FILE = "examples.bin", "index.npy"
 INDEX_COLUMNS = 5
 """Number of the dataset, start and size of the blob in bytes, tokens, answer tokens."""
 RECORDS_AT_ONCE = 512
+FORMAT_VERSION = 1
+"""Of the files; raised whenever what is in them changes, as a run that is resumed may find those of another version."""
 
 EncodedRecords = tuple[list[Encoded], list[str]]
 """Examples, and the ids of the records that they were made of."""
@@ -41,7 +44,7 @@ EncodedRecords = tuple[list[Encoded], list[str]]
 
 def scratch_folder(run_key: str) -> Path:
     """Where the examples of a run lie on this machine."""
-    return Path(tempfile.gettempdir()) / f"introspect_ray-{os.getuid()}" / run_key
+    return Path(tempfile.gettempdir()) / f"introspect_ray-{os.getuid()}" / f"{run_key}-v{FORMAT_VERSION}"
 
 
 class Examples:
@@ -177,8 +180,20 @@ def _unpacked(content: dict[str, np.ndarray]) -> Encoded:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One process of this machine at a time; a process that dies lets go."""
-    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    """One process of this machine at a time; a process that dies lets go.
+
+    Raises:
+        UserError: the folder above is another user's, or others may write into it. Its name is known beforehand, so
+            whoever made it could put examples into it, or links.
+    """
+    parent = folder.parent
+    parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    found = parent.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise UserError(
+            f"{parent}, where examples are to be stored, is not this user's own folder, closed to others: "
+            "remove it, or set TMPDIR to another folder"
+        )
     with folder.with_suffix(".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

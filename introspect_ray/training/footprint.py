@@ -78,6 +78,8 @@ class Arithmetic(NamedTuple):
     """Whether operations cast to bfloat16 what they compute with, weights included."""
     has_fused_dropout: bool
     """GPUs keep one byte per element that dropout decided on, CPUs a number."""
+    is_quantized: bool
+    """Whether linear layers inside decoder layers hold 4-bit weights."""
 
 
 class Projecting(NamedTuple):
@@ -172,6 +174,8 @@ def _traced(
     model, causal = skeleton(config, arithmetic._replace(attention=UNMASKED) if is_plain else arithmetic)
     if arithmetic.has_fused_dropout:
         _fuse_dropout(model)
+    if arithmetic.is_quantized and arithmetic.is_autocast:
+        _answer_in_kind(causal)
     if arithmetic.is_checkpointed:
         for layer in decoder_layers(causal):
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
@@ -297,6 +301,14 @@ class _Dropped(torch.autograd.Function):
 class _FusedDropout(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         return _Dropped.apply(values)
+
+
+def _answer_in_kind(causal: nn.Module) -> None:
+    """Linear layers in 4 bits give back the dtype that they were given, whatever autocast computes in."""
+    for layer in decoder_layers(causal):
+        for module in layer.modules():
+            if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+                module.register_forward_hook(lambda _module, inputs, output: output.to(inputs[0].dtype))
 
 
 def _fuse_dropout(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from introspect_ray.config import GpuName
@@ -29,6 +30,19 @@ GPUS: dict[GpuName, Gpu] = {
     "RTX4090-24": Gpu(23.5, 165e12, 1008e9, 32e9),
 }
 """Memory is what the driver leaves to programs; PCIe is version 4 with 16 lanes."""
+
+
+def gpu_named(accelerator_types: Iterable[str]) -> GpuName | None:
+    """The GPU with most memory of all that Ray may mean by these types ("A100", "A100-40G"); none if there is no type,
+    or one of them is not in the table."""
+    found: list[GpuName] = []
+    for kind in accelerator_types:
+        alike = [name for name in GPUS if name == kind.removesuffix("G")]
+        alike = alike or [name for name in GPUS if name.split("-")[0] == kind.split("-")[0]]
+        if not alike:
+            return None
+        found += alike
+    return max(found, key=lambda name: GPUS[name].memory_gib, default=None)
 
 
 def gpu_of(device_name: str) -> Gpu | None:

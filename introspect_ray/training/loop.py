@@ -12,13 +12,14 @@ Checkpoints are ours, not Ray's, so that resuming is one path whatever died (a w
 from __future__ import annotations
 
 import logging
+import math
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from introspect_ray.config import ExplainerConfig, TrainConfig
-from introspect_ray.errors import RunFailed, UserError
+from introspect_ray.errors import RunFailed, StorageError, UserError
 from introspect_ray.explainer.model import Explainer
 from introspect_ray.training.checkpoint import Checkpoints, CheckpointStore, Tell, TrainState
 from introspect_ray.training.compiling import compile_layers
@@ -49,8 +50,20 @@ def train_loop(settings: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, int(run.config.trainer.cpus_per_worker)))
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it costs time
+    fit_or_record(run, workers, tell=lambda line: settings["notices"].add.remote(line))
+
+
+def fit_or_record(run: TrainingRun, workers: Workers, tell: Tell) -> None:
+    """`fit`; a failure that a retry would only repeat is recorded by rank 0 and raised nowhere.
+
+    Raises:
+        StorageError: this worker cannot reach the storage. Ray ends the group, in which others may wait for this
+            worker, and another one tries.
+    """
     try:
-        fit(run, workers, tell=lambda line: settings["notices"].add.remote(line))
+        fit(run, workers, tell)
+    except StorageError:
+        raise
     except (UserError, RunFailed) as error:
         if workers.rank == 0:
             run.record({"failure": str(error), "by_user": isinstance(error, UserError)})
@@ -63,6 +76,7 @@ def fit(run: TrainingRun, workers: Workers, tell: Tell = logger.warning) -> dict
         tell: called on any worker with what the user should hear while the run goes on.
 
     Raises:
+        StorageError: on one worker or more; trying again goes on where this attempt came to.
         UserError: a record does not fit the explainer, or a model does not load.
         RunFailed: loss or gradient became NaN or infinite, or another worker could not start.
     """
@@ -85,7 +99,7 @@ def fit(run: TrainingRun, workers: Workers, tell: Tell = logger.warning) -> dict
         examples.remove()
         raise
     if state.best_step:
-        results |= _back_to_best(state, checkpoints, run.config.optimization.steps, tell)
+        results = results | _back_to_best(state, checkpoints, run.config, tell if workers.rank == 0 else None)
     weights = whole_parameters(explainer) if stepper.trainable.is_sharded else None
     if workers.rank == 0:
         run.record(results)
@@ -101,16 +115,29 @@ def fit(run: TrainingRun, workers: Workers, tell: Tell = logger.warning) -> dict
     return results
 
 
-def _back_to_best(state: TrainState, checkpoints: Checkpoints, steps: int, tell: Tell) -> dict[str, Any]:
-    """Take the weights of the best evaluation, and say which they are."""
-    results = {"best_step": state.best_step, "best": state.best_scores, "stopped_early": state.step < steps}
-    exported = state.step
+def _back_to_best(
+    state: TrainState, checkpoints: Checkpoints, config: TrainConfig, tell: Tell | None
+) -> dict[str, Any]:
+    """Take the weights of the best evaluation whose checkpoint is there, and say which they are and what they scored.
+
+    If its own was lost, or could not be written, the best before it is taken, or the last step if that scored more.
+    """
+    metric = config.evaluation.metric
+    exported, scores = state.step, state.metrics["validation"]
     if state.best_step < state.step:
-        exported = checkpoints.restore(state.best_step).step
-        if exported == 0:
-            exported = state.step
+        last = scores.get(metric)
+        found = checkpoints.restore_best(state.best_step, metric, -math.inf if last is None else last)
+        if found.step:
+            exported, scores = found.step, found.best_scores
+        if exported != state.best_step and tell is not None:
             tell(f"the checkpoint of the best step, {state.best_step}, is not there: step {exported} is exported")
-    return {"exported_step": exported, **results}
+    return {
+        "exported_step": exported,
+        "exported_scores": scores,
+        "best_step": state.best_step,
+        "best": state.best_scores,
+        "stopped_early": state.step < config.optimization.steps,
+    }
 
 
 def _build_together(run: TrainingRun, workers: Workers, tell: Tell) -> tuple[Explainer, Examples, list[HeldOut]]:
@@ -119,6 +146,8 @@ def _build_together(run: TrainingRun, workers: Workers, tell: Tell) -> tuple[Exp
     try:
         explainer, examples = build(run)
         held_out = load_held_out(explainer, run.config)
+    except StorageError:
+        raise  # the others are not told: Ray ends them, and that another group starts needs one who fails
     except UserError as found:
         error = found
     everyone = workers.all_true(error is None, workers.device)
@@ -168,31 +197,31 @@ def _steps(
     checkpoints: Checkpoints,
     log: Loggers | None,
 ) -> dict[str, Any]:
-    """All steps that are left; returns the last line of metrics, rounding differences and timings apart the same for
-    any history of interruptions."""
+    """All steps that are left, and a checkpoint of the last one, so that an export that fails costs no step.
+
+    Returns the last line of metrics, rounding differences and timings apart the same for any history of interruptions.
+    """
     config = stepper.config
     steps = config.optimization.steps
     speed = Speed(stepper.explainer, stepper.workers.size)
     speed.start(state.tokens)
-    last: dict[str, Any] = {}
-    for number in range(state.step, steps):
-        result = stepper.step(number, optimizer)
+    while state.step < steps and not evaluator.is_over(state):
+        result = stepper.step(state.step, optimizer)
         _add(state, result)
         if state.step % config.trainer.log_every == 0 or state.step == steps or evaluator.is_due(state.step):
-            last = _metrics(state, result, config) | speed.metrics(state.tokens)
+            metrics = _metrics(state, result, config) | speed.metrics(state.tokens)
             if evaluator.is_due(state.step):
-                last |= evaluator.evaluate(state)
+                metrics |= evaluator.evaluate(state)
+            state.metrics = metrics
             speed.start(state.tokens)
             if log is not None:
-                log.append(last)
+                log.append(metrics)
         is_last = evaluator.is_over(state) or state.step == steps
         # The best step's checkpoint is what is exported in the end.
-        if not is_last and (state.step % config.trainer.checkpoint_every == 0 or state.step == state.best_step):
+        if is_last or state.step % config.trainer.checkpoint_every == 0 or state.step == state.best_step:
             checkpoints.start(state)
         checkpoints.settle(wait=is_last)
-        if is_last:
-            break
-    return last
+    return state.metrics
 
 
 def _add(state: TrainState, result: StepResult) -> None:

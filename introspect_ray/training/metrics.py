@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from introspect_ray.data.storage import Folder
-from introspect_ray.errors import UserError
+from introspect_ray.errors import StorageError
 from introspect_ray.explainer.card import is_remote
 from introspect_ray.training.run import METRICS_FILE
 
@@ -35,24 +35,30 @@ class MetricsLog:
     """Appends to metrics.jsonl. Lines of steps after the checkpoint that a run goes on from are dropped first.
 
     Lines that the storage refuses are kept, and written with the next one that it takes.
+
+    Raises:
+        StorageError: it cannot be told which lines there are.
     """
 
     def __init__(self, folder: Folder, step: int):
         self.folder = folder
         self._lines = [json.dumps(metrics) + "\n" for metrics in read_metrics(folder) if metrics["step"] <= step]
-        self._is_behind = False
-        self._write_all()
+        self._is_behind = True
+        self._write(None)
 
     def append(self, metrics: Metrics) -> None:
         line = json.dumps(metrics) + "\n"
         self._lines.append(line)
+        self._write(line)
+
+    def _write(self, line: str | None) -> None:
         try:
-            if is_remote(self.folder.url) or self._is_behind:
+            if line is None or self._is_behind or is_remote(self.folder.url):
                 self._write_all()  # object stores cannot append
             else:
                 self._append(line)
             self._is_behind = False
-        except (OSError, UserError) as error:
+        except (OSError, StorageError) as error:
             self._is_behind = True
             logger.warning("%s/%s cannot be written for now: %s", self.folder.url, METRICS_FILE, error)
 

@@ -84,11 +84,19 @@ def _facts(card: ExplainerCard, training: Mapping[str, Any] | None) -> list[tupl
         if "step" in results:
             facts.append(("Steps done", f"{results['step']}, loss {results['loss']:.4f} nats per answer token"))
         if "exported_step" in results:
-            metric = config["evaluation"]["metric"]
-            value = format_value(results["best"][metric])
-            facts.append(("Weights are of", f"step {results['exported_step']}, the best by {metric} ({value})"))
+            facts.append(("Weights are of", _exported(results, config["evaluation"]["metric"])))
         facts.append(("Run", f"`{training['run_key']}`"))
     return facts
+
+
+def _exported(results: Mapping[str, Any], metric: str) -> str:
+    """Which step's weights these are, and why."""
+    step, best = results["exported_step"], results["best_step"]
+    value = results["exported_scores"].get(metric)
+    shown = "n/a" if value is None else format_value(value)
+    if step == best:
+        return f"step {step}, the best by {metric} ({shown})"
+    return f"step {step} ({metric} {shown}); those of the best, step {best}, were lost with their checkpoint"
 
 
 def _datasets(training: Mapping[str, Any]) -> str:
@@ -101,7 +109,7 @@ def _datasets(training: Mapping[str, Any]) -> str:
 
 def _validation(training: Mapping[str, Any]) -> list[str]:
     """Scores that training itself measured, of the weights that were exported."""
-    scores = training["results"].get("best")
+    scores = training["results"].get("exported_scores")
     if not scores:
         return []
     rows = [(name, "n/a" if value is None else format_value(value)) for name, value in scores.items()]

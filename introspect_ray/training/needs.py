@@ -51,12 +51,14 @@ class Memory(NamedTuple):
     """Gradients packed into one message, when no activations are left."""
     inputs: int
     """Gradients of embeddings and projections, when no activations are left."""
+    evaluation: int
+    """Between steps: keys, values and one layer at work for the answers that are written at once."""
 
     @property
     def peak(self) -> int:
         standing = self.weights + self.adapters + self.gradients + self.optimizer
         step = self.gathered + max(self.activations + max(self.logits, self.working), self.inputs)
-        return standing + max(step, self.message)
+        return standing + max(step, self.message, self.evaluation)
 
 
 class Pace(NamedTuple):
@@ -73,7 +75,12 @@ class Pace(NamedTuple):
 
 
 def memory_of(
-    config: TrainConfig, shape: PretrainedConfig, census: Census, projection: int, traced: Footprint
+    config: TrainConfig,
+    shape: PretrainedConfig,
+    census: Census,
+    projection: int,
+    traced: Footprint,
+    workload: Workload,
 ) -> Memory:
     """Bytes on one worker. `projection` is the number of the projections' parameters."""
     trainer = config.trainer
@@ -108,6 +115,7 @@ def memory_of(
         message = (census.base * is_full + census.adapter + projection) * SUM_BYTES + copies
     if quantised:
         working += census.largest_linear * (computed + SUM_BYTES / 64)
+    answers = _answers(config, shape, workload, computed)
     return Memory(
         weights=int(weights),
         adapters=int(beside),
@@ -119,7 +127,23 @@ def memory_of(
         working=traced.working + int(working),
         message=int(message),
         inputs=traced.inputs,
+        evaluation=answers and answers + int(gathered + working) + traced.working,
     )
+
+
+def _answers(config: TrainConfig, shape: PretrainedConfig, workload: Workload, itemsize: int) -> int:
+    """Bytes of the keys and values, masks and last logits of the answers that an evaluation writes at once; 0 without
+    evaluations. Lengths are those of the training examples."""
+    if not config.evaluation.every:
+        return 0
+    tokens = max(length.tokens - length.answer for length in workload.lengths) + config.explainer.max_new_tokens
+    share = math.ceil(config.evaluation.max_examples / config.trainer.num_workers)
+    rows = min(share, max(1, config.trainer.micro_batch_tokens // tokens))
+    heads = shape.num_attention_heads
+    width = getattr(shape, "head_dim", None) or shape.hidden_size // heads
+    # Keys and values of one layer are there twice while a token is added to them.
+    cache = 2 * (getattr(shape, "num_key_value_heads", None) or heads) * width * (shape.num_hidden_layers + 1)
+    return rows * (tokens * (cache * itemsize + tokens) + shape.vocab_size * (itemsize + SUM_BYTES))
 
 
 def host_bytes(config: TrainConfig, shape: PretrainedConfig, census: Census, memory: Memory) -> int:

@@ -46,9 +46,9 @@ class Plan:
 
     @property
     def usable_bytes(self) -> float | None:
-        """Of one GPU; None where the workers have none."""
-        plan = self.config.plan
-        return GPUS[plan.gpu].memory_gib * GIB * plan.usable_share if self.has_gpus else None
+        """Of one GPU, or of a worker's share of it; None where the workers have none."""
+        plan, share = self.config.plan, min(1.0, self.config.trainer.gpus_per_worker)
+        return GPUS[plan.gpu].memory_gib * GIB * plan.usable_share * share if self.has_gpus else None
 
     @property
     def fits(self) -> bool:
@@ -76,7 +76,7 @@ def plan_run(config: TrainConfig, workload: Workload | None = None) -> Plan:
     projection = projecting.num_weights(shape.hidden_size)
     batch = largest_batch(workload, config, getattr(shape, "sliding_window", None))
     traced = footprint(shape, arithmetic, projecting, batch)
-    memory = memory_of(config, shape, census, projection, traced)
+    memory = memory_of(config, shape, census, projection, traced, workload)
     return Plan(
         config=config,
         census=census,
@@ -99,7 +99,7 @@ def _fits_between_steps(config: TrainConfig, workload: Workload, usable_bytes: f
     shape = model_shape(config.explainer.model)
     census = count(shape, arithmetic_of(config, shape))
     projection = _projecting(config, shape, workload).num_weights(shape.hidden_size)
-    return memory_of(config, shape, census, projection, Footprint(0, 0, 0, 0)).peak <= usable_bytes
+    return memory_of(config, shape, census, projection, Footprint(0, 0, 0, 0), workload).peak <= usable_bytes
 
 
 def check_plan(plan: Plan) -> None:

@@ -28,6 +28,7 @@ def table(plan: Plan) -> str:
         "working": "  or: one layer at work",
         "inputs": "later: gradients of embeddings",
         "message": "later, alone: summing gradients",
+        "evaluation": "between steps: answers of an evaluation",
     }
 
     def rows(names: Mapping[str, str]) -> list[str]:
@@ -47,6 +48,8 @@ def table(plan: Plan) -> str:
         f"steps: {pace.steps:,} of {config.optimization.batch_size} examples, {pace.tokens_per_step:,.0f} tokens and "
         f"{pace.flop_per_step / 1e12:,.3g} TFLOP",
     ]
+    if trainer.compile:
+        lines.append("torch.compile is not counted: what it fuses takes less memory and time, compiling takes some")
     if pace.seconds_per_step is not None:
         total = pace.seconds_per_step * pace.steps
         lines.append(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from introspect_ray.explainer.card import CARD_FILE, TargetInfo, is_remote
 from introspect_ray.explainer.files import check_modules
 from introspect_ray.explainer.fitted import read_alignment, read_maps
 from introspect_ray.explainer.projections import resolve_kind
+from introspect_ray.models.shapes import model_shape
 from introspect_ray.tasks.base import stable_id
 from introspect_ray.training.batches import num_steps
 from introspect_ray.training.validation import check_evaluation
@@ -41,6 +43,7 @@ from introspect_ray.training.validation import check_evaluation
 TRAINING_FILE = "training.json"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS_FOLDER = "checkpoints"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -164,10 +167,11 @@ def _with_steps(config: TrainConfig, num_examples: int) -> TrainConfig:
 
 
 def relevant(config: TrainConfig) -> TrainConfig:
-    """The config with everything that cannot change the result set to its default.
+    """The config with everything that makes it no other run set to its default.
 
-    Workers, sharding and micro-batches stay out: they change a sum's order of rounding and nothing else. Datasets and
-    fitted projections are known by their contents, not by where they lie.
+    Workers, sharding and micro-batches stay out: they change a sum's order of rounding and, with dropout or bfloat16,
+    what `changed_draws` says. A run may lose workers while it goes on, so one that is resumed with fewer is none other
+    either. Datasets and fitted projections are known by their contents, not by where they lie.
     """
     trainer = TrainerConfig(compute_dtype=config.trainer.compute_dtype)
     reset: dict[str, Any] = {"output": "", "trainer": trainer, "datasets": (), "logging": LoggingConfig()}
@@ -181,6 +185,33 @@ def relevant(config: TrainConfig) -> TrainConfig:
     model = config.explainer.model.model_copy(update={"device": "auto"})
     reset["explainer"] = config.explainer.model_copy(update={"model": model, "fitted_projection": None})
     return config.model_copy(update=reset)
+
+
+def changed_draws(before: TrainConfig, now: TrainConfig) -> str:
+    """What makes a run that goes on with the settings `now` differ by more than rounding from one that kept to those of
+    `before`, in words; "" if nothing does."""
+    found = []
+    if has_dropout(now):
+        settings = ("num_workers", "micro_batch_tokens", "packing", "compile")
+        changes = [name for name in settings if getattr(before.trainer, name) != getattr(now.trainer, name)]
+        if changes:
+            found.append(f"another trainer.{' and trainer.'.join(changes)} draws other dropout")
+    if now.trainer.compute_dtype == "bfloat16" and before.trainer.sharding != now.trainer.sharding:
+        found.append("trainer.sharding decides which operations are done in bfloat16")
+    return "; ".join(found)
+
+
+def has_dropout(config: TrainConfig) -> bool:
+    """Whether training draws at random what to leave out: in adapters, or where the model's own config says so."""
+    if config.method != "full" and config.lora.dropout:
+        return True
+    shape = model_shape(config.explainer.model).to_dict()
+    heads_of_others = ("classifier", "summary")  # which no language model has
+    return any(
+        value
+        for name, value in shape.items()
+        if name.endswith(("dropout", "_pdrop")) and not name.startswith(heads_of_others)
+    )
 
 
 def _absolute(config: TrainConfig) -> TrainConfig:
@@ -278,6 +309,9 @@ def _check_output(run: TrainingRun) -> None:
     except (ValueError, KeyError, TypeError, ValidationError):
         raise UserError(f"output folder {url}: its {TRAINING_FILE} is none of this version's: choose another") from None
     if key == run.run_key:
+        difference = changed_draws(other, run.config)
+        if difference and CARD_FILE not in names:
+            logger.warning("%s: it goes on as the same run, but not to the same weights: %s", url, difference)
         return
     found_differences = differences(resolved(relevant(other)), resolved(relevant(run.config)))
     what = "; ".join(found_differences) or "the contents of its datasets or of its starting model have changed since"

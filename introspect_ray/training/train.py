@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -24,17 +24,20 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from introspect_ray.config import TrainConfig, TrainerConfig
 from introspect_ray.data.cluster import ADDRESS_VARIABLE, connect, is_verbose
-from introspect_ray.errors import RunFailed, UserError
+from introspect_ray.errors import RunFailed, StorageError, UserError
 from introspect_ray.evaluation.scores import format_value
 from introspect_ray.training.checkpoint import CheckpointStore
+from introspect_ray.training.hardware import gpu_named
 from introspect_ray.training.loop import train_loop
 from introspect_ray.training.metrics import Metrics, read_metrics
 from introspect_ray.training.notices import notices
+from introspect_ray.training.plan import check_plan, plan_run
 from introspect_ray.training.run import TrainingRun, prepare, storage_of
 
 Progress = Callable[[int, int, str], None]
 """Called with steps done, steps in all, and how it goes (loss, speed, newest evaluation)."""
 NOTES_FOLDER = "ray_train"
+ACCELERATOR_PREFIX = "accelerator_type:"
 POLL_S = 0.5
 START_TIMEOUT_S = 1800
 
@@ -56,12 +59,14 @@ class Summary:
         steps, loss = self.results["step"], self.results["loss"]
         line = f"{start}: explainer after {steps} steps on {self.num_examples} examples, loss {loss:.4f} nats per token"
         if "exported_step" in self.results:
+            exported, best = self.results["exported_step"], self.results["best_step"]
             stopped = ", stopped early" if self.results["stopped_early"] else ""
             scores = ", ".join(
                 f"{name} {'n/a' if value is None else format_value(value)}"
-                for name, value in self.results["best"].items()
+                for name, value in self.results["exported_scores"].items()
             )
-            line += f"{stopped}; its weights are of step {self.results['exported_step']}, the best evaluation: {scores}"
+            which = "the best evaluation" if exported == best else f"because those of the best, step {best}, were lost"
+            line += f"{stopped}; its weights are of step {exported}, {which}: {scores}"
         return line
 
 
@@ -78,7 +83,11 @@ def train_explainer(config: TrainConfig, progress: Progress) -> Summary:
     run.record({})
     with connect(), _watched(run, progress), notices() as actor:
         _check_resources(config.trainer)
-        results = _fit_while_it_gets_on(run, actor)
+        check_memory(run.config, ray.cluster_resources())
+        try:
+            results = _fit_while_it_gets_on(run, actor)
+        except StorageError as error:  # met by the driver itself
+            raise RunFailed(str(error)) from error
     return Summary(config.output, run.num_examples, results, was_complete=False)
 
 
@@ -165,6 +174,21 @@ def _check_resources(trainer: TrainerConfig) -> None:
                 f"trainer.{field} {least} x trainer.{key} {each:g} needs {wanted:g} {resource}s, "
                 f"but this machine has {found:g}"
             )
+
+
+def check_memory(config: TrainConfig, resources: Mapping[str, float]) -> None:
+    """Refuse a run whose plan does not fit the largest GPU that the cluster has.
+
+    Nothing is said where workers have no GPU, or the cluster has GPUs whose memory is not known.
+
+    Args:
+        resources: what Ray says of the cluster; `accelerator_type:NAME` is among it for every kind of GPU.
+    """
+    types = [name.partition(":")[2] for name in resources if name.startswith(ACCELERATOR_PREFIX)]
+    gpu = gpu_named(types)
+    if config.trainer.gpus_per_worker == 0 or gpu is None:
+        return
+    check_plan(plan_run(config.model_copy(update={"plan": config.plan.model_copy(update={"gpu": gpu})})))
 
 
 def _least_workers(trainer: TrainerConfig) -> int:

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from fake_task import fake_config
+from fake_task import fake_config, make_dataset
 
 from introspect_ray.cli import as_yaml
 from introspect_ray.data.dataset import canonical_dump, open_dataset
 
 TESTS = Path(__file__).parents[1]
 QUESTIONS = [f"question {number}" for number in range(1500)]
-ACTORS_PER_DRIVER = (3, 2, 4)
+ACTORS_PER_DRIVER = (4, 4)
 """Actors killed under each driver before that driver is killed as well."""
 START_LIMIT_S = 240
 """For a driver to have a working actor; seconds on an idle machine."""
@@ -37,11 +37,15 @@ run_job(GenerateConfig, main, "", sys.argv[2:])
 pytestmark = pytest.mark.timeout(900)
 
 
+def config_of(folder):
+    actors = {"min_size": 2, "initial_size": 2, "max_size": 2, "num_cpus": 0.5}
+    return fake_config(folder, QUESTIONS, items_per_shard=15, actors=actors)
+
+
 def start(folder, delay):
     """A driver on a cluster of its own that works on the dataset `folder/out`, each question taking `delay` seconds."""
     folder.mkdir(exist_ok=True)
-    actors = {"min_size": 2, "initial_size": 2, "max_size": 2, "num_cpus": 0.5}
-    config = fake_config(folder, QUESTIONS, items_per_shard=15, actors=actors)
+    config = config_of(folder)
     (folder / "config.yaml").write_text(as_yaml(config))
     (folder / "driver.py").write_text(DRIVER)
     path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
@@ -87,10 +91,11 @@ def kill_an_actor(folder, driver, rng):
 
 
 def test_actors_and_drivers_killed_at_random(tmp_path):
-    undisturbed, driver = start(tmp_path / "undisturbed", delay=0)
-    end(driver)
-    rng = random.Random(7)
     folder = tmp_path / "disturbed"
+    (tmp_path / "undisturbed").mkdir()
+    undisturbed = config_of(tmp_path / "undisturbed")
+    make_dataset(undisturbed)  # in this process: Ray decides nothing about what is in a dataset
+    rng = random.Random(7)
     shards_seen, actors_killed, drivers_killed = [], 0, 0
     for wanted in ACTORS_PER_DRIVER:
         disturbed, driver = start(folder, delay=0.02)

@@ -17,8 +17,8 @@ JOB = Path(__file__).parents[2] / "jobs" / "quickstart.py"
 TASKS = ("feature_description", "activation_patching", "input_ablation")
 METHODS = {"explainer", "majority", "nearest_neighbor", "zero_shot"}
 CONTROLS = {"no_vector", "zero_vector", "swapped_vector"}
-KILLED_TASKS = ("activation_patching", "input_ablation")
-"""Of the killed run: one with a fitted projection and one without."""
+KILLED_TASKS = ("activation_patching",)
+"""Of the killed run: one with a fitted projection, so that every stage may be hit."""
 KILLS = 2
 LIMIT_S = 500
 """Of one run; about a minute on an idle machine, many more on one that others use as well."""
@@ -84,7 +84,7 @@ def test_killed_at_random_it_goes_on_to_the_same_records_and_scores(undisturbed,
     for _ in range(KILLS):
         process = start(output, some)
         try:
-            process.wait(timeout=draw.uniform(8, 30))
+            process.wait(timeout=draw.uniform(8, 24))
         except subprocess.TimeoutExpired:
             os.kill(process.pid, signal.SIGKILL)  # the driver alone: Ray ends its other processes by itself
             time.sleep(2)

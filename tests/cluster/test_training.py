@@ -1,19 +1,36 @@
-"""Ray Train end to end on the local CPU: two workers equal one. Kills are in test_training_sharded.py."""
+"""Ray Train end to end on the local CPU: two workers equal one, which goes on alone. More kills are in
+test_training_sharded.py."""
 
+import os
 import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
+import ray
 import torch
 from safetensors.torch import load_file
 from training_helpers import train_config, write_dataset
 
 from introspect_ray.config import TrainConfig
 from introspect_ray.data.cluster import connect
+from introspect_ray.data.storage import Folder
 from introspect_ray.errors import RunFailed, UserError
+from introspect_ray.training import notices
+from introspect_ray.training.loop import fit
+from introspect_ray.training.metrics import read_metrics
+from introspect_ray.training.run import prepare
 from introspect_ray.training.train import train_explainer
+from introspect_ray.training.workers import Workers
 
-JOB = Path(__file__).parents[2] / "jobs" / "train_explainer.py"
+CPUS = len(os.sched_getaffinity(0))
+"""Of the one node that there is at first."""
 START_LIMIT_S = 300
 """A run takes seconds to start on an idle machine, and minutes on one that others use as well."""
 # Two workers sum a batch in another order; over the steps of these runs the difference stays at this size.
@@ -39,8 +56,17 @@ def config_of(folder: Path, output: str, **changes: object) -> TrainConfig:
 def one_worker(folder):
     """Summary and progress calls of the undisturbed run; Ray stays connected for the tests that follow."""
     seen = []
-    with connect():
+    with pytest.MonkeyPatch.context() as patch, connect_quick(patch):
         yield train_explainer(config_of(folder, "one"), lambda *progress: seen.append(progress)), seen
+
+
+@contextmanager
+def connect_quick(patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A cluster that takes a lost node for lost after seconds."""
+    patch.delenv("RAY_ADDRESS", raising=False)
+    patch.setenv("RAY_health_check_period_ms", "1000")
+    with connect():
+        yield
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -65,30 +91,66 @@ def test_one_worker_trains_and_is_not_trained_again(one_worker, folder):
     assert (folder / "one" / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_two_workers_equal_one(one_worker, folder):
-    summary = train_explainer(config_of(folder, "two", trainer__num_workers=2), lambda *_: None)
-    assert summary.results["loss"] == pytest.approx(one_worker[0].results["loss"], abs=1e-5)
-    one, two = weights(folder / "one"), weights(folder / "two")
-    start = load_file(folder / "base" / "model.safetensors")
-    assert max((one[name] - start[name]).abs().max() for name in one) > 1e-2
-    for name, weight in one.items():
-        torch.testing.assert_close(two[name], weight, **SAME)
+class Node:
+    """One more node of this process's cluster, which has room for one worker more."""
+
+    def __init__(self) -> None:
+        address = ray.get_runtime_context().gcs_address
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--address={address}"]
+        command += [f"--num-cpus={CPUS}", f"--object-store-memory={10**8}"]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + START_LIMIT_S
+        while ray.cluster_resources().get("CPU", 0) < 2 * CPUS:
+            assert time.monotonic() < deadline and self._process.poll() is None, "the node did not join"
+            time.sleep(0.1)
+
+    def die(self) -> None:
+        """At once, with all that runs there."""
+        there = psutil.Process(self._process.pid)
+        for process in [there, *there.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._process.wait()
 
 
 @pytest.mark.usefixtures("one_worker")
-def test_two_workers_share_evaluations_and_stop_alike(folder):
-    """Patience runs out on a model that never answers in the right form, so the first evaluation stays the best."""
+def test_two_workers_equal_one_and_one_goes_on_when_the_other_and_its_node_are_lost(folder, monkeypatch):
+    """They share evaluations and stop alike: patience runs out on a model that never answers in the right form, so the
+    first evaluation stays the best."""
+    told: list[str] = []
+    monkeypatch.setattr(notices.logger, "warning", told.append)
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     write_dataset(folder / "held out", count=36, splits=("train", "train", "validation"))
-    summaries = []
-    for size in (1, 2):
-        settings = {"trainer__num_workers": size, "evaluation__every": 3, "evaluation__patience": 2}
-        config = config_of(folder, f"evaluated by {size}", datasets=[str(folder / "held out")], **settings)
-        summaries.append(train_explainer(config, lambda *_: None))
-    one, two = (summary.results for summary in summaries)
-    assert (one["step"], one["exported_step"], one["stopped_early"]) == (9, 3, True)
-    assert [two[name] for name in ("step", "exported_step", "best")] == [9, 3, one["best"]]
-    assert "stopped early; its weights are of step 3, the best evaluation: exact_match 0.00" in summaries[1].line
-    first, second = weights(folder / "evaluated by 1"), weights(folder / "evaluated by 2")
+    settings = {"datasets": [str(folder / "held out")], "evaluation__every": 3, "evaluation__patience": 5}
+    run = prepare(config_of(folder, "alone", **settings))
+    run.record({})
+    one = fit(run, Workers(0, 1))
+    sizes = {"num_workers": 2, "min_workers": 1, "cpus_per_worker": CPUS}
+    config = config_of(folder, "two", **settings, **{f"trainer__{name}": value for name, value in sizes.items()})
+    node = Node()
+
+    def lose() -> None:
+        while not (folder / "two" / "checkpoints" / "step_000005" / "state.json").exists():
+            time.sleep(0.01)
+        node.die()
+
+    thread = threading.Thread(target=lose, daemon=True)
+    thread.start()
+    summary = train_explainer(config, lambda *_: None)
+    thread.join(1)
+    assert not thread.is_alive()
+    (resumed,) = (line for line in told if line.startswith("goes on from the checkpoint of step"))
+    assert resumed.endswith("with 1 worker(s)")
+    two = summary.results
+    assert (one["step"], one["exported_step"], one["stopped_early"]) == (18, 3, True)
+    assert [two[name] for name in ("step", "exported_step", "best")] == [18, 3, one["best"]]
+    assert "stopped early; its weights are of step 3, the best evaluation: exact_match 0.00" in summary.line
+    lines = [read_metrics(Folder(str(folder / name))) for name in ("alone", "two")]
+    assert [line["step"] for line in lines[1]] == [line["step"] for line in lines[0]]
+    assert [line["loss"] for line in lines[1]] == pytest.approx([line["loss"] for line in lines[0]], abs=1e-5)
+    first, second = weights(folder / "alone"), weights(folder / "two")
+    start = load_file(folder / "base" / "model.safetensors")
+    assert max((first[name] - start[name]).abs().max() for name in first) > 1e-3
     for name, weight in first.items():
         torch.testing.assert_close(second[name], weight, **SAME)
 

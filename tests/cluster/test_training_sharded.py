@@ -1,5 +1,6 @@
-"""FSDP2 through Ray Train on two CPU workers: equal to one process, and undisturbed by kills of workers and driver."""
+"""FSDP2 on two CPU workers: equal to one process, and undisturbed by kills of workers and driver of Ray Train."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,23 +12,44 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
+from s3_server import s3_server
+from safetensors.torch import load
 from training_helpers import train_config, write_dataset
 
 from introspect_ray.cli import as_yaml
 from introspect_ray.config import TrainConfig
 from introspect_ray.data.cluster import connect
+from introspect_ray.data.storage import Folder
 from introspect_ray.training import notices
+from introspect_ray.training.checkpoint import CheckpointStore
 from introspect_ray.training.loop import fit
 from introspect_ray.training.metrics import read_metrics
-from introspect_ray.training.run import prepare
+from introspect_ray.training.run import TrainingRun, prepare
 from introspect_ray.training.train import train_explainer
 from introspect_ray.training.workers import Workers
 
 JOB = Path(__file__).parents[2] / "jobs" / "train_explainer.py"
 START_LIMIT_S = 300
-STEPS = 32
+STEPS = 20
+METHODS = ("full", "lora", "qlora")
+BUCKET = "explainers"
 WORKER_TITLE = "RayTrainWorker"
+WORKER = """
+import json, sys
+import torch, torch.distributed as dist
+from introspect_ray.training.loop import fit
+from introspect_ray.training.run import TrainingRun
+from introspect_ray.training.workers import Workers
+
+rank, store, *runs = sys.argv[1:]
+torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True, warn_only=True)
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=2)
+for run in runs:
+    fit(TrainingRun.from_json(json.loads(run)), Workers(int(rank), 2))
+dist.destroy_process_group()
+"""
+"""One of two workers of the same runs without Ray."""
 
 pytestmark = pytest.mark.timeout(3 * START_LIMIT_S)
 
@@ -37,13 +59,31 @@ def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("sharded")
     write_dataset(made / "dataset", count=36, splits=("train", "train", "validation"))
     train_config(made)
-    with connect():
-        yield made
+    return made
 
 
-def config_of(folder: Path, output: str, method: str, **changes: object) -> TrainConfig:
+@pytest.fixture(scope="module")
+def undisturbed(folder):
+    """Method -> a run that nothing has happened to. Ray has no part in it, and its two processes do all of them."""
+    runs = {method: begun(config_of(folder, f"{method}-undisturbed", method)) for method in METHODS}
+    orders = [json.dumps(run.to_json()) for run in runs.values()]
+    workers = [
+        subprocess.Popen([sys.executable, "-c", WORKER, str(rank), str(folder / "store"), *orders]) for rank in range(2)
+    ]
+    assert [worker.wait(START_LIMIT_S) for worker in workers] == [0, 0]
+    return runs
+
+
+def begun(config: TrainConfig) -> TrainingRun:
+    run = prepare(config)
+    run.record({})
+    return run
+
+
+def config_of(folder: Path, name: str, method: str, **changes: object) -> TrainConfig:
     """Two sharded workers, whose numbers of micro-batches differ in most steps."""
     settings = {
+        "output": str(folder / name),
         "method": method,
         "lora__rank": 4,
         "lora__dropout": 0.0,
@@ -56,28 +96,39 @@ def config_of(folder: Path, output: str, method: str, **changes: object) -> Trai
         "trainer__checkpoint_every": 4,
         "trainer__log_every": 1,
         "trainer__micro_batch_tokens": 128,
-        "evaluation__every": 16,  # all workers generate, as long as the slowest of them does
+        "evaluation__every": 10,  # all workers generate, as long as the slowest of them does
+        "logging__tensorboard": False,
     }
-    return train_config(folder, output=str(folder / output), **{**settings, **changes})
+    return train_config(folder, **{**settings, **changes})
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    (file,) = folder.glob("*model.safetensors")
-    return load_file(file) | load_file(folder / "projections.safetensors")
+def weights(run: TrainingRun) -> dict[str, torch.Tensor]:
+    (name,) = (name for name in run.folder.names() if name.endswith("model.safetensors"))
+    return load(run.folder.read(name)) | load(run.folder.read("projections.safetensors"))
 
 
-def losses(config: TrainConfig) -> list[float]:
-    lines = read_metrics(prepare(config).folder)
+def losses(run: TrainingRun) -> list[float]:
+    lines = read_metrics(run.folder)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     return [line["loss"] for line in lines]
+
+
+def check_equal(run: TrainingRun, undisturbed: TrainingRun) -> None:
+    """Bit by bit."""
+    expected, found = weights(undisturbed), weights(run)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert losses(run) == losses(undisturbed)
+    scores = [[line.get("validation") for line in read_metrics(one.folder)] for one in (run, undisturbed)]
+    assert scores[0] == scores[1] and sum(score is not None for score in scores[0]) == 2
 
 
 class Killer(threading.Thread):
     """Kills a worker of this process's cluster once a checkpoint is there, and one of the next group at a later one."""
 
-    def __init__(self, config: TrainConfig, after: tuple[int, ...]):
+    def __init__(self, run: TrainingRun, after: tuple[int, ...]):
         super().__init__(daemon=True)
-        self.checkpoints = Path(config.output) / "checkpoints"
+        self.checkpoints = CheckpointStore(run.checkpoints, run.run_key, 2)
         self.after = after
         self.killed: list[int] = []
         self.gone: set[int] = set()
@@ -87,14 +138,11 @@ class Killer(threading.Thread):
             # Whom to kill is found out before it is time: the steps that are left may take less than looking.
             while not (workers := self._workers()):
                 time.sleep(0.1)
-            while not any(self._step(path) >= step for path in self.checkpoints.glob("step_*/state.json")):
-                time.sleep(0.01)
+            while self.checkpoints.newest(None) < step:
+                time.sleep(0.02)
             self.killed.append(workers[0].pid)
             workers[0].send_signal(signal.SIGKILL)
             self.gone |= {process.pid for process in workers}
-
-    def _step(self, path: Path) -> int:
-        return int(path.parent.name.removeprefix("step_"))
 
     def _workers(self) -> list[psutil.Process]:
         """The two processes of a group that was not killed yet, or none; after a kill in the other order of age."""
@@ -110,46 +158,39 @@ class Killer(threading.Thread):
         return ordered if len(ordered) == 2 else []
 
 
-@pytest.mark.parametrize("method", ["full", "qlora"])  # LoRA alone is what the killed driver trains
-def test_killed_workers_leave_no_trace_and_two_equal_one(folder, monkeypatch, method):
+@pytest.mark.parametrize("method", METHODS)
+def test_two_workers_equal_one(folder, undisturbed, method):
+    """One process, its weights not sharded, in one micro-batch per step."""
+    settings = {"num_workers": 1, "sharding": "none", "micro_batch_tokens": 4096}
+    changes = {f"trainer__{name}": value for name, value in settings.items()}
+    run = begun(config_of(folder, f"{method}-alone", method, **changes))
+    fit(run, Workers(0, 1))
+    assert losses(undisturbed[method]) == pytest.approx(losses(run), abs=1e-3)
+    one, two = weights(run), weights(undisturbed[method])
+    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-3
+
+
+def test_killed_workers_leave_no_trace(folder, undisturbed, monkeypatch):
+    """Nor does it matter that checkpoints, metrics and the explainer are in a bucket."""
     told: list[str] = []
     monkeypatch.setattr(notices.logger, "warning", told.append)
-    undisturbed = config_of(folder, f"{method}-undisturbed", method)
-    train_explainer(undisturbed, lambda *_: None)
-    config = config_of(folder, f"{method}-killed", method)
-    killer = Killer(config, after=(4, 12))
-    killer.start()
-    train_explainer(config, lambda *_: None)
-    assert len(set(killer.killed)) == 2
-    resumed = [line for line in told if line.startswith("goes on from the checkpoint of step")]
-    assert len(resumed) == 2 and all(line.endswith("with 2 worker(s)") for line in resumed)
-    expected, found = weights(folder / f"{method}-undisturbed"), weights(folder / f"{method}-killed")
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert losses(config) == losses(undisturbed)
-    scores = [line["validation"] for line in read_metrics(prepare(config).folder) if "validation" in line]
-    assert len(scores) == 2
-    # One process, its weights not sharded, in one micro-batch per step.
-    alone = config_of(
-        folder,
-        f"{method}-alone",
-        method,
-        trainer__num_workers=1,
-        trainer__sharding="none",
-        trainer__micro_batch_tokens=4096,
-    )
-    run = prepare(alone)
-    run.record({})
-    fit(run, Workers(0, 1))
-    assert losses(config) == pytest.approx(losses(alone), abs=1e-3)
-    one = weights(folder / f"{method}-alone")
-    assert max((one[name] - expected[name]).abs().max() for name in one) < 1e-3
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with s3_server(BUCKET), connect():
+        config = config_of(folder, "", "qlora", output=f"s3://{BUCKET}/killed")
+        run = begun(config)
+        killer = Killer(run, after=(4, 12))
+        killer.start()
+        train_explainer(config, lambda *_: None)
+        assert len(set(killer.killed)) == 2
+        resumed = [line for line in told if line.startswith("goes on from the checkpoint of step")]
+        assert len(resumed) == 2 and all(line.endswith("with 2 worker(s)") for line in resumed)
+        check_equal(run, undisturbed["qlora"])
+        assert not {"checkpoints", "ray_train"} & set(Folder(config.output).names())
 
 
-@pytest.mark.timeout(4 * START_LIMIT_S)
-def test_killed_driver_goes_on_to_the_same_weights(folder):
-    train_explainer(config_of(folder, "driver-undisturbed", "lora"), lambda *_: None)
-    config = config_of(folder, "driver-killed", "lora")
+def test_killed_driver_goes_on_to_the_same_weights(folder, undisturbed):
+    config = config_of(folder, "driver-killed", "full")
+    run = prepare(config)
     (folder / "killed.yaml").write_text(as_yaml(config))
     command = [sys.executable, str(JOB), "--config", str(folder / "killed.yaml")]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
@@ -161,12 +202,10 @@ def test_killed_driver_goes_on_to_the_same_weights(folder):
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
     assert list(checkpoints.glob("step_*/state.json"))
-    assert not prepare(config).is_complete()
+    assert not run.is_complete()
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=2 * START_LIMIT_S, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "goes on from the checkpoint of step" in done.stderr
-    expected, found = weights(folder / "driver-undisturbed"), weights(folder / "driver-killed")
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert len(losses(config)) == STEPS
+    check_equal(run, undisturbed["full"])

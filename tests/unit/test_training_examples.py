@@ -109,6 +109,31 @@ def test_a_disk_without_room_is_a_user_error(tmp_path, made, monkeypatch):
     assert not (tmp_path / "scratch").exists()
 
 
+@pytest.mark.parametrize("kind", ["link", "writable", "foreign"])
+def test_a_folder_that_another_user_could_fill_is_refused(tmp_path, made, monkeypatch, kind):
+    """What may lie there already is not read, and nothing is written where a link leads."""
+    write_dataset(tmp_path / "dataset")
+    parent, elsewhere = tmp_path / "introspect_ray-0", tmp_path / "elsewhere"
+    elsewhere.mkdir(mode=0o700)
+    if kind == "link":
+        parent.symlink_to(elsewhere)
+    else:
+        parent.mkdir()
+        parent.chmod(0o777 if kind == "writable" else 0o700)
+    if kind == "foreign":
+        own = module.os.getuid()
+        monkeypatch.setattr(module.os, "getuid", lambda: own + 1)
+    with pytest.raises(UserError, match=r"introspect_ray-0, where examples are to be stored, is not this user"):
+        load_examples(made, [str(tmp_path / "dataset")], parent / "key")
+    assert not list(parent.iterdir())
+
+
+def test_files_of_another_version_are_not_read(monkeypatch):
+    before = module.scratch_folder("key")
+    monkeypatch.setattr(module, "FORMAT_VERSION", module.FORMAT_VERSION + 1)
+    assert before != module.scratch_folder("key") and before.parent == module.scratch_folder("key").parent
+
+
 def test_a_run_leaves_no_examples_behind(tmp_path, monkeypatch):
     scratch = tmp_path / "scratch"
     monkeypatch.setattr("introspect_ray.training.loop.scratch_folder", lambda _: scratch)

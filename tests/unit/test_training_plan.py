@@ -9,6 +9,7 @@ from typing import get_args
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from explainer_helpers import FAMILIES, model, tokenizer
 from torch.profiler import ProfilerActivity, profile
@@ -22,7 +23,8 @@ from introspect_ray.errors import UserError
 from introspect_ray.models.shapes import known_shape, model_shape
 from introspect_ray.presets import Train8BConfig, Train70BConfig
 from introspect_ray.training.census import arithmetic_of, count
-from introspect_ray.training.hardware import GPUS
+from introspect_ray.training.footprint import LiveBytes
+from introspect_ray.training.hardware import GPUS, gpu_named
 from introspect_ray.training.loop import build
 from introspect_ray.training.needs import GIB, PROCESS_BYTES
 from introspect_ray.training.plan import changed, check_plan, plan_run
@@ -30,6 +32,8 @@ from introspect_ray.training.plan_table import table
 from introspect_ray.training.run import prepare
 from introspect_ray.training.schedule import make_optimizer
 from introspect_ray.training.step import Stepper
+from introspect_ray.training.train import check_memory
+from introspect_ray.training.validation import Evaluator, load_held_out
 from introspect_ray.training.workers import Workers
 
 JOBS = Path(__file__).parents[2] / "jobs"
@@ -52,7 +56,16 @@ def folder(tmp_path_factory):
     LlamaForCausalLM(shape).save_pretrained(path / "base")
     tokenizer().save_pretrained(path / "base")
     write_dataset(path / "dataset", count=10, width=64)
+    write_dataset(path / "held out", count=30, width=64, splits=("train", "validation", "validation"))
     return path
+
+
+@pytest.fixture(autouse=True)
+def own_group():
+    """A sharded run that nobody has put into a process group makes one; later tests are to have none."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def config_of(folder, method, **changes):
@@ -60,34 +73,80 @@ def config_of(folder, method, **changes):
     return train_config(folder, method=method, **options | {"trainer__packing": False} | changes)
 
 
-def first_step(config, is_checkpointed=False):
+def first_step(config):
     """A stepper and its optimizer after one step."""
     explainer, examples = build(prepare(config))
-    if is_checkpointed:
-        explainer.causal.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = make_optimizer(explainer.trainable_parameters().values(), config.optimization)
     stepper = Stepper(explainer, examples, config, Workers(0, 1))
+    optimizer = make_optimizer(stepper.trainable.own.values(), config.optimization)
     stepper.step(0, optimizer)
     return stepper, optimizer
 
 
-@pytest.mark.parametrize(("method", "is_checkpointed"), itertools.product(METHODS, [False, True]))
-def test_the_peak_is_what_the_allocator_gives_out(folder, method, is_checkpointed):
-    memory = plan_run(config_of(folder, method, trainer__activation_checkpointing=is_checkpointed)).memory
-    stepper, optimizer = first_step(config_of(folder, method), is_checkpointed)
-    parameters = list(stepper.explainer.parameters())
-    tensors = [*parameters, *(parameter.grad for parameter in parameters if parameter.grad is not None)]
+def real_bytes(config):
+    """What a worker of this run holds between steps, and what a step takes beside it at its peak."""
+    stepper, optimizer = first_step(config)
+    own = stepper.trainable.own.values()
+    tensors = [getattr(one, "_local_tensor", one) for one in stepper.explainer.parameters()]
+    tensors += [one.grad for one in own]
     tensors += [value for state in optimizer.state.values() for value in state.values()]
-    held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    standing = memory.weights + memory.adapters + memory.gradients + memory.optimizer
-    assert standing == pytest.approx(held, rel=0.001)
-
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         stepper.step(1, optimizer)
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    peak = max(itertools.accumulate(changes))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors), max(itertools.accumulate(changes))
+
+
+@pytest.mark.parametrize(("method", "is_checkpointed"), itertools.product(METHODS, [False, True]))
+def test_the_peak_is_what_the_allocator_gives_out(folder, method, is_checkpointed):
+    config = config_of(folder, method, trainer__activation_checkpointing=is_checkpointed)
+    memory = plan_run(config).memory
+    held, peak = real_bytes(config)
+    standing = memory.weights + memory.adapters + memory.gradients + memory.optimizer
+    assert standing == pytest.approx(held, rel=0.001)
     assert memory.peak - standing == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("method", "sharding", "is_checkpointed", "dtype"),
+    [
+        ("full", "fsdp2", True, "bfloat16"),
+        ("full", "fsdp2", False, "model"),
+        ("lora", "fsdp2", True, "model"),
+        ("qlora", "fsdp2", True, "bfloat16"),
+        ("qlora", "fsdp2", False, "model"),
+        ("qlora", "none", False, "bfloat16"),
+    ],
+)
+def test_sharded_and_quantized_runs_stay_within_their_plan(folder, method, sharding, is_checkpointed, dtype):
+    """One worker that gathers what it has itself; packed bits, scales and gathered layers are counted by the
+    allocator."""
+    config = config_of(
+        folder,
+        method,
+        lora__dropout=0.0,
+        trainer__sharding=sharding,
+        trainer__activation_checkpointing=is_checkpointed,
+        trainer__compute_dtype=dtype,
+    )
+    memory = plan_run(config).memory
+    held, peak = real_bytes(config)
+    standing = memory.weights + memory.adapters + memory.gradients + memory.optimizer
+    assert standing == pytest.approx(held, rel=0.01)
+    assert memory.peak == pytest.approx(held + peak, rel=0.15)
+
+
+def test_evaluations_are_counted(folder):
+    options = {"datasets": [str(folder / "held out")], "trainer__activation_checkpointing": True}
+    config = config_of(folder, "lora", **options, evaluation__every=2, explainer__max_new_tokens=12)
+    memory = plan_run(config).memory
+    explainer, _ = build(prepare(config))
+    evaluator = Evaluator(explainer, load_held_out(explainer, config), config, Workers(0, 1))
+    with LiveBytes([*explainer.parameters(), *explainer.buffers()]) as alive:
+        evaluator.scores()
+    assert alive.peak <= memory.evaluation <= 2 * alive.peak
+    assert plan_run(config_of(folder, "lora", **options)).memory.evaluation == 0
+    many = changed(config, {"trainer.micro_batch_tokens": 40000, "evaluation.max_examples": 4000})
+    assert plan_run(many).memory.peak > plan_run(changed(many, {"evaluation.every": 0})).memory.peak
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -169,6 +228,38 @@ def test_sharding_is_named_before_a_smaller_model_and_workers_after():
         check_plan(plan_run(config))
     with pytest.raises(UserError, match=r"it would fit with trainer.num_workers [248] "):
         check_plan(plan_70b(trainer__num_workers=1, plan__gpu="A100-40"))
+
+
+@pytest.mark.parametrize(
+    ("types", "gpu"),
+    [
+        ([], None),
+        (["H100"], "H100-80"),
+        (["A100"], "A100-80"),  # of two sizes the one that refuses nothing that could run
+        (["A100-40G"], "A100-40"),
+        (["A10G", "L40S"], "L40S-48"),
+        (["H100", "TPU-V4"], None),
+    ],
+)
+def test_gpus_by_the_names_that_ray_has_for_them(types, gpu):
+    assert gpu_named(types) == gpu
+
+
+def test_a_run_that_its_gpus_do_not_hold_is_refused_without_asking_for_a_plan():
+    config = changed(Train8BConfig().training(), {"trainer.sharding": "none"})
+    with pytest.raises(UserError, match=r"does not fit: a worker needs .* of a A100-80 .* usable; it would fit with"):
+        check_memory(config, {"CPU": 8.0, "GPU": 2.0, "accelerator_type:A100": 1.0})
+    check_memory(config, {"GPU": 2.0, "accelerator_type:B200": 1.0})
+    check_memory(config, {"GPU": 2.0, "accelerator_type:UNKNOWN": 1.0})
+    check_memory(changed(config, {"trainer.gpus_per_worker": 0}), {"accelerator_type:L4": 1.0})
+    with pytest.raises(UserError, match="does not fit"):  # two workers on each GPU
+        check_memory(changed(config, {"trainer.gpus_per_worker": 0.5}), {"accelerator_type:B200": 1.0})
+
+
+def test_what_a_plan_leaves_out_is_said():
+    config = Train8BConfig().training()
+    shown = [table(plan_run(changed(config, {"trainer.compile": is_on}))) for is_on in (False, True)]
+    assert ["torch.compile is not counted" in one for one in shown] == [False, True]
 
 
 def test_a_plan_that_nothing_makes_fit():

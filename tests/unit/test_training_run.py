@@ -14,10 +14,10 @@ from training_helpers import train_config, write_dataset
 
 from introspect_ray.config import OptimizationConfig
 from introspect_ray.data.storage import Folder
-from introspect_ray.errors import UserError
+from introspect_ray.errors import StorageError, UserError
 from introspect_ray.training.checkpoint import Checkpoints, CheckpointStore, TrainState
 from introspect_ray.training.metrics import MetricsLog, read_metrics
-from introspect_ray.training.run import TrainingRun, prepare
+from introspect_ray.training.run import TrainingRun, changed_draws, has_dropout, prepare
 from introspect_ray.training.schedule import make_optimizer
 from introspect_ray.training.trainable import Trainable
 from introspect_ray.training.workers import Workers
@@ -95,6 +95,37 @@ def test_output_of_another_config_is_refused_and_of_an_equivalent_one_is_not(tmp
     write_dataset(tmp_path / "dataset", count=30)
     with pytest.raises(UserError, match="the contents of its datasets or of its starting model have changed since"):
         prepare(train_config(tmp_path))
+
+
+def test_a_run_that_goes_on_with_other_draws_says_so(tmp_path, caplog):
+    lora = {"method": "lora", "lora__dropout": 0.1}
+    prepare(train_config(tmp_path, **lora)).record({})
+    prepare(train_config(tmp_path, **lora, trainer__log_every=1, trainer__sharding="fsdp2"))
+    assert caplog.text == "", "what these change is rounding at most"
+    prepare(train_config(tmp_path, **lora, trainer__num_workers=2, trainer__packing=False))
+    assert "not to the same weights: another trainer.num_workers and trainer.packing draws other dropout" in caplog.text
+    caplog.clear()
+    (tmp_path / "out" / "explainer.json").touch()
+    prepare(train_config(tmp_path, **lora, trainer__num_workers=2))
+    assert caplog.text == "", "nothing goes on"
+
+
+def test_what_draws_and_what_does_not(tmp_path):
+    plain = train_config(tmp_path)
+    two = train_config(tmp_path, trainer__num_workers=2)
+    assert not has_dropout(plain) and changed_draws(plain, two) == ""
+    assert not has_dropout(train_config(tmp_path, method="qlora", lora__dropout=0))
+    assert has_dropout(train_config(tmp_path, method="qlora", lora__dropout=0.1))
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "attention_dropout": 0.1}))
+    assert has_dropout(plain) and "trainer.num_workers draws other dropout" in changed_draws(plain, two)
+
+
+def test_sharding_is_more_than_rounding_in_bfloat16(tmp_path):
+    half = {"trainer__compute_dtype": "bfloat16"}
+    whole, sharded = train_config(tmp_path, **half), train_config(tmp_path, **half, trainer__sharding="fsdp2")
+    assert "which operations are done in bfloat16" in changed_draws(whole, sharded)
+    assert changed_draws(whole, train_config(tmp_path, **half, trainer__num_workers=3)) == ""
 
 
 def test_output_that_is_something_else(tmp_path):
@@ -253,11 +284,11 @@ def test_storage_that_cannot_be_reached_is_no_reason_to_pass_a_checkpoint_over(t
 
     def unreachable(self, name, *span):
         if name.endswith(".safetensors"):
-            raise UserError(f"{self.url}/{name} cannot be read: timed out")
+            raise StorageError(f"{self.url}/{name} cannot be read: timed out")
         return real(self, name, *span)
 
     with monkeypatch.context() as patched:
         patched.setattr(Folder, "read", unreachable)
-        with pytest.raises(ConnectionError, match="timed out"):
+        with pytest.raises(StorageError, match="timed out"):
             checkpoints.restore()
     assert checkpoints.restore().step == 4

@@ -147,7 +147,7 @@ def test_best_weights_are_exported_and_kept_meanwhile(tmp_path, monkeypatch):
 
     monkeypatch.setattr(CheckpointStore, "complete", complete)
     results = fit(run, ALONE)
-    assert kept == [[2], [2, 3], [2, 3, 4], [4, 6], [4, 6, 9]], "of equal ones the first is best"
+    assert kept == [[2], [2, 3], [2, 3, 4], [4, 6], [4, 6, 9], [4, 9, 11]], "of equal ones the first is best"
     assert (results["exported_step"], results["stopped_early"], results["step"]) == (4, False, 11)
     assert results["best"] == {"exact_match": 0.5, "parse_rate": 1.0}
     assert equals(exported(tmp_path), seen[4])
@@ -201,14 +201,13 @@ def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path, monkeypatch, dies_at,
 def test_a_best_checkpoint_that_is_lost_is_said(tmp_path, monkeypatch):
     seen = script(monkeypatch, {2: 0.3, 4: 0.1, 6: 0.1, 8: 0.1})
     run = begun(config_of(tmp_path))
-    real = Checkpoints.restore
+    real = Checkpoints.restore_best
 
-    def lose(self, at_step=None):
-        if at_step == 2:
-            shutil.rmtree(tmp_path / "out" / "checkpoints" / "step_000002")
-        return real(self, at_step)
+    def lose(self, step, *rest):
+        shutil.rmtree(tmp_path / "out" / "checkpoints" / f"step_{step:06d}")
+        return real(self, step, *rest)
 
-    monkeypatch.setattr(Checkpoints, "restore", lose)
+    monkeypatch.setattr(Checkpoints, "restore_best", lose)
     told = []
     results = fit(run, ALONE, told.append)
     last = results["step"]
