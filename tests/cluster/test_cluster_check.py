@@ -158,8 +158,8 @@ def test_the_autoscaler_is_asked_for_the_largest_job_and_released(monkeypatch):
 def test_the_job_fails_for_what_was_asked_for_alone(monkeypatch, capsys):
     main = runpy.run_path(str(Path(__file__).parents[2] / "cluster" / "check.py"))["main"]
     found = {"generate_dataset": [], "train_explainer": ["no room"], "train_70b_explainer": ["no GPU"]}
-    monkeypatch.setattr(cluster_check, "check_cluster", lambda config, say: found)
+    monkeypatch.setattr(cluster_check, "check_cluster", lambda *_: found)
     main(CheckConfig(jobs=("generate_dataset",)))
     assert capsys.readouterr().out == "all 1 jobs that were asked for can run here\n"
-    with pytest.raises(RunFailed, match="^1 of 2 jobs cannot run here: train_explainer; reasons above$"):
+    with pytest.raises(RunFailed, match=r"^1 of 2 jobs cannot run here: train_explainer; reasons above$"):
         main(CheckConfig(jobs=("generate_dataset", "train_explainer")))
