@@ -49,8 +49,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    # Ray's sockets want a short path.
-    nodes = NodeProcesses(tmp_path_factory.mktemp("n"))
+    nodes = NodeProcesses(tmp_path_factory.mktemp("nodes"))
     try:
         nodes.add_worker("one")
         nodes.add_worker("two")
