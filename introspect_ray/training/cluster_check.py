@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -30,9 +31,7 @@ POLL_S = 2.0
 
 def check_cluster(config: CheckConfig, say: Callable[[str], None]) -> dict[CheckedJob, list[str]]:
     """Look at the cluster that this process can join; `say` line by line what was found; returns the verdicts."""
-    with connect():
-        if config.scale_up_s:
-            _scale_up(config, say)
+    with connect(), _scaled_up(config, say):
         findings = _look(config)
     for line in report(findings):
         say(line)
@@ -45,8 +44,12 @@ def check_cluster(config: CheckConfig, say: Callable[[str], None]) -> dict[Check
     return found
 
 
-def _scale_up(config: CheckConfig, say: Callable[[str], None]) -> None:
-    """Let the autoscaler bring what the largest of the jobs needs, for as long as this check lasts."""
+@contextmanager
+def _scaled_up(config: CheckConfig, say: Callable[[str], None]) -> Iterator[None]:
+    """Where asked for, the autoscaler brings what the largest of the jobs needs, and keeps it for the block."""
+    if not (config.scale_up_s and config.jobs):
+        yield
+        return
     wanted = [need for job, need in needs(config).items() if job in config.jobs]
     largest = max(wanted, key=lambda need: (need.processes * need.gpus, need.processes * need.cpus))
     bundle = {kind: each for kind, each in (("CPU", largest.cpus), ("GPU", largest.gpus)) if each}
@@ -57,6 +60,7 @@ def _scale_up(config: CheckConfig, say: Callable[[str], None]) -> None:
         while (there := room(plain, _alive_nodes())) < largest.processes and time.monotonic() < deadline:
             time.sleep(POLL_S)
         say(f"asked the autoscaler for {largest.processes} x {bundle}: room for {there}")
+        yield
     finally:
         request_resources(bundles=[])
 
@@ -161,7 +165,7 @@ def _first_problem(found: Mapping[str, Any], names: Mapping[str, str]) -> str:
 
 
 def _transfers(identities: Sequence[str], names: Mapping[str, str], config: CheckConfig) -> tuple[Transfer, ...]:
-    """Each node fetches from the next one, one after the other; nothing with a single node."""
+    """What one node made, the next one fetches, pair after pair; nothing with a single node."""
     found = []
     for source, destination in zip(identities, [*identities[1:], *identities[:1]], strict=True):
         if source == destination:
@@ -171,7 +175,7 @@ def _transfers(identities: Sequence[str], names: Mapping[str, str], config: Chec
             ray.wait([thing], timeout=config.timeout_s, fetch_local=False)
             seconds = ray.get(start(_fetch, destination, [thing]), timeout=config.timeout_s)
         except (RayError, TimeoutError):
-            seconds = float("inf")
+            seconds = float("inf")  # 0 MB/s
         found.append(Transfer(names[source], names[destination], config.transfer_mb / seconds))
     return tuple(found)
 

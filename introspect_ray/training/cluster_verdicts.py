@@ -29,7 +29,7 @@ class Node:
 
 
 class Transfer(NamedTuple):
-    """One object fetched from a node to another."""
+    """One object fetched from a node to another; 0 MB/s if it never came."""
 
     source: str
     destination: str
@@ -89,6 +89,7 @@ def verdicts(config: CheckConfig, findings: Findings) -> dict[CheckedJob, list[s
     """For each job the reasons why it would not run; none if it would."""
     shared = [f"node {node.name}: {node.problem}" for node in findings.nodes if node.problem]
     shared += [f"{place}: {problem}" for place, problem in findings.places.items() if problem]
+    shared += [f"{one.destination} cannot fetch from {one.source}" for one in findings.transfers if not one.mb_per_s]
     shared += _disagreements(findings.nodes)
     found = {}
     for job, need in needs(config).items():

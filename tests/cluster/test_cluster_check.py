@@ -14,7 +14,7 @@ from introspect_ray.data.nodes import changes
 from introspect_ray.data.probe import PACKAGES, NodeFacts, open_model, read_gpus
 from introspect_ray.errors import RunFailed
 from introspect_ray.training import cluster_check
-from introspect_ray.training.cluster_verdicts import Findings, Node, needs, report, room, verdicts
+from introspect_ray.training.cluster_verdicts import Findings, Node, Transfer, needs, report, room, verdicts
 
 H100 = "NVIDIA H100 80GB HBM3"
 
@@ -96,6 +96,12 @@ def test_gpus_without_a_driver_and_nodes_without_an_answer():
     assert "  STOP s3://bucket" in lines and "         No module named 'introspect_ray'" in lines
 
 
+def test_nodes_that_do_not_reach_each_other():
+    findings = Findings((node("a"), node("b")), (Transfer("a", "b", 0.0), Transfer("b", "a", 100.0)))
+    assert verdicts(CheckConfig(), findings)["train_explainer"] == ["b cannot fetch from a"]
+    assert "  b -> a: 100 MB/s" in report(findings)
+
+
 def test_lines_of_nvidia_smi():
     assert read_gpus(f"{H100}, 81559, 570.86.15\nA, B, [N/A], 1\n") == [
         (H100, 81559 / 1024, "570.86.15"),
@@ -150,8 +156,9 @@ def test_the_autoscaler_is_asked_for_the_largest_job_and_released(monkeypatch):
     monkeypatch.setattr(cluster_check, "POLL_S", 0.0)
     trainer = {"num_workers": 2, "cpus_per_worker": 4, "gpus_per_worker": 1}
     config = CheckConfig.model_validate({"trainer": trainer, "scale_up_s": 600})
-    cluster_check._scale_up(config, said.append)
-    assert asked == [[{"CPU": 4, "GPU": 1}] * 2, []]
+    with cluster_check._scaled_up(config, said.append):
+        assert asked == [[{"CPU": 4, "GPU": 1}] * 2]
+    assert asked[1:] == [[]]
     assert said == ["asked the autoscaler for 2 x {'CPU': 4.0, 'GPU': 1.0}: room for 2"]
 
 
