@@ -12,6 +12,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tiny models gain nothing from a second thread, and threads of several processes wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-CHECKED_PACKAGES = ("interventions", "explainer", "models", "features", "evaluation")
+CHECKED_PACKAGES = ("interventions", "explainer", "models", "features", "evaluation", "simulator")
 
 install_import_hook([f"introspect_ray.{package}" for package in CHECKED_PACKAGES], "beartype.beartype")

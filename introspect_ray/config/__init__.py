@@ -8,8 +8,31 @@ what the job writes, so that an output folder can say which config it belongs to
 from introspect_ray.config.base import Config, Fraction, differences, resolved
 from introspect_ray.config.cluster import CheckConfig, CheckedJob
 from introspect_ray.config.datasets import ConvertConfig, GenerateConfig, InspectConfig
+from introspect_ray.config.descriptions import (
+    ChatConfig,
+    ConvertDescriptionsConfig,
+    DescribeConfig,
+    DescriptionFormat,
+    EndpointConfig,
+    JudgeConfig,
+    JudgeDescriptionsConfig,
+    LocalChatConfig,
+    PromptConfig,
+)
 from introspect_ray.config.evaluation import EvaluateConfig, EvaluationRun, Method
 from introspect_ray.config.explainers import ExplainerConfig, ExportConfig, FitProjectionConfig, LoraConfig
+from introspect_ray.config.features import (
+    BrowseConfig,
+    CoderTrainerConfig,
+    CollectConfig,
+    CollectVectorsConfig,
+    ExemplarLimits,
+    StreamConfig,
+    TrainCoderConfig,
+    TrainSaeConfig,
+    TrainTranscoderConfig,
+    VectorKindsConfig,
+)
 from introspect_ray.config.pocket import (
     BuildPocketConfig,
     PocketSparseConfig,
@@ -18,6 +41,7 @@ from introspect_ray.config.pocket import (
     QuickstartTask,
 )
 from introspect_ray.config.resources import ActorConfig, ModelConfig, SourceConfig
+from introspect_ray.config.simulators import ScoreDescriptionsConfig, SimulatorConfig, TrainSimulatorConfig
 from introspect_ray.config.tasks import (
     POCKET_FEATURES,
     POCKET_QUESTIONS,
@@ -45,14 +69,24 @@ __all__ = [
     "POCKET_QUESTIONS",
     "ActivationPatchingConfig",
     "ActorConfig",
+    "BrowseConfig",
     "BuildPocketConfig",
     "CheckConfig",
     "CheckedJob",
+    "ChatConfig",
+    "CoderTrainerConfig",
+    "CollectConfig",
+    "CollectVectorsConfig",
     "Config",
     "ConvertConfig",
+    "ConvertDescriptionsConfig",
+    "DescribeConfig",
+    "DescriptionFormat",
+    "EndpointConfig",
     "EvaluateConfig",
     "EvaluationDuringConfig",
     "EvaluationRun",
+    "ExemplarLimits",
     "ExplainerConfig",
     "ExportConfig",
     "FeatureDescriptionConfig",
@@ -62,7 +96,10 @@ __all__ = [
     "GpuName",
     "InputAblationConfig",
     "InspectConfig",
+    "JudgeConfig",
+    "JudgeDescriptionsConfig",
     "KnownModel",
+    "LocalChatConfig",
     "LoggingConfig",
     "LoraConfig",
     "Method",
@@ -71,13 +108,22 @@ __all__ = [
     "PlanConfig",
     "PocketSparseConfig",
     "PocketTargetConfig",
+    "PromptConfig",
     "QuickstartConfig",
     "QuickstartTask",
+    "ScoreDescriptionsConfig",
+    "SimulatorConfig",
     "SourceConfig",
     "SplitConfig",
+    "StreamConfig",
     "TaskName",
+    "TrainCoderConfig",
     "TrainConfig",
+    "TrainSaeConfig",
+    "TrainSimulatorConfig",
+    "TrainTranscoderConfig",
     "TrainerConfig",
+    "VectorKindsConfig",
     "differences",
     "resolved",
 ]

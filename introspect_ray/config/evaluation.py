@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import Field, model_validator
 
 from introspect_ray.config.base import Config
+from introspect_ray.config.descriptions import JudgeConfig
 from introspect_ray.config.resources import ActorConfig
 
 Method = Literal[
@@ -47,6 +48,8 @@ class EvaluateConfig(Config):
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     num_browsable: Annotated[int, Field(ge=0)] = 200
     """Examples per task that the report lets a reader browse."""
+    judge: JudgeConfig | None = None
+    """A language model that rates descriptions of task 1 against the labels; none asks none."""
     actors: ActorConfig = ActorConfig()
     seed: int = 0
 

@@ -62,9 +62,14 @@ class SourceConfig(Config):
     path: str = "pocket"
     """`pocket` for the embedded world, else a file (json, jsonl, csv, parquet, txt; local or any fsspec URL), a folder
     of files of one kind, or a glob such as `s3://bucket/facts/*.parquet`; rows count on in order of the names."""
-    format: Literal["auto", "counterfact", "known_facts", "mmlu", "marked_text", "latent_labels", "text"] = "auto"
+    format: Literal["auto", "counterfact", "known_facts", "mmlu", "marked_text", "latent_labels", "vectors", "text"] = (
+        "auto"
+    )
     """Row format; `auto` reads it off the columns."""
     text_unit: Literal["auto", "paragraph", "line", "file"] = "auto"
     """What one text of a txt file is; `auto`: paragraphs where blank lines part them, else lines."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """Use at most so many source rows, taken in file order."""
+    label_score: str | None = None
+    """Of a descriptions.jsonl: the score that chooses between the candidates of a latent and counts as its label's;
+    none takes the first candidate, without a score."""

@@ -44,9 +44,10 @@ class FeatureDescriptionConfig(Config):
     """Task 1: which latents, and their descriptions."""
 
     sae: str = "pocket:sae"
-    """Folder of a sae-lens SAE or transcoder whose decoder rows are the vectors, or `pocket:sae`."""
+    """SAE or transcoder whose decoder rows are the vectors: a folder of sae-lens or sparsify, `sae-lens:RELEASE:ID`, or
+    `pocket:sae`."""
     minimum_score: Fraction = 0.7
-    """Latents whose best label scores lower are left out, counted as `label_score_too_low`."""
+    """Latents whose label scores lower are left out, counted as `label_score_too_low`; unscored labels stay."""
     question: Annotated[str, _slots("{vector}")] = "At layer {layer}, {vector} encodes what?"
     """Layout of the query; `{vector}` is where the vector stands, `{layer}` the number of its layer."""
 

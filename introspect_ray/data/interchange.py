@@ -12,7 +12,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +36,7 @@ from introspect_ray.data.pickles import TENSOR_SUFFIXES, archive_files, read_pic
 from introspect_ray.data.reading import open_parquet
 from introspect_ray.data.shards import ShardInfo, ShardOrder, parquet_bytes, read_items, write_items, write_records
 from introspect_ray.data.splits import SPLITS
-from introspect_ray.data.storage import Folder, storage_errors
+from introspect_ray.data.storage import Folder, new_folder, storage_errors
 from introspect_ray.errors import UserError
 from introspect_ray.models.loading import load_tokenizer
 from introspect_ray.models.tokens import adds_bos, encode_with_offsets, single_token
@@ -109,7 +108,7 @@ def to_published(config: ConvertConfig) -> str:
         raise UserError(f"dataset {config.source} is of task {task}, expected {' or '.join(_WRITERS)}")
     schema, write = _WRITERS[task]
     tokenizer = load_tokenizer(config.target)
-    with _new_folder(config.output) as folder:
+    with new_folder(config.output) as folder:
         files = {
             split: _SplitFiles(folder, split, schema, count, config.records_per_shard)
             for split, count in dataset.manifest.selected.items()
@@ -258,7 +257,7 @@ def from_published(config: ConvertConfig) -> str:
     schema = task.schema(identity.width, generated)
     counts: Counter[str] = Counter()
     rejected: list[tuple[int, str]] = []
-    with _new_folder(config.output) as folder:
+    with new_folder(config.output) as folder:
         content = {"run_key": run_key, "inputs": {}, "config": resolved(generated)}
         folder.write(CONFIG_NAME, (json.dumps(content, indent=1) + "\n").encode())
         shards = _Shards(folder, run_key, schema, config.records_per_shard)
@@ -510,7 +509,7 @@ def convert_pickles(config: ConvertConfig) -> str:
     import safetensors.torch
 
     written = passed = 0
-    with _new_folder(config.output) as folder:
+    with new_folder(config.output) as folder:
         for name, content in archive_files(config.source):
             stem, _, suffix = name.rpartition(".")
             if ".." in name.split("/") or name.startswith("/"):
@@ -568,19 +567,6 @@ def _pairs(name: str, entries: Any) -> list[tuple[int, int]]:
 
 
 # --- both -------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _new_folder(url: str) -> Iterator[Folder]:
-    """The output folder, which must be empty: nothing of another conversion may stay in it, nor of one that fails."""
-    folder = Folder(url)
-    if names := folder.names():
-        raise UserError(f"output folder {url} is not empty ({names[0]}, ...): choose another folder")
-    try:
-        yield folder
-    except BaseException:
-        folder.clear()
-        raise
 
 
 def _reasons(rejected: Iterable[tuple[int, str]]) -> dict[str, int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import typing
 from collections import Counter
 from collections.abc import Collection
@@ -15,18 +16,20 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
-from introspect_ray.config import GenerateConfig, TaskName, differences, resolved
+from introspect_ray.config import GenerateConfig, TaskName, resolved
+from introspect_ray.data.claim import Claim
 from introspect_ray.data.identity import folder_digest, identify_target
-from introspect_ray.data.manifest import CONFIG_NAME, SCHEMA_VERSION, SourceAccount, TargetIdentity
+from introspect_ray.data.manifest import SCHEMA_VERSION, SourceAccount, TargetIdentity
 from introspect_ray.data.shards import ShardInfo, ShardOrder, finished_shard, write_items
 from introspect_ray.data.sources import Source, load_source
 from introspect_ray.data.splits import SPLITS, splitter
-from introspect_ray.data.storage import TEMPORARY, Folder
+from introspect_ray.data.storage import Folder
 from introspect_ray.errors import UserError
 from introspect_ray.features.card import coder_folder
 from introspect_ray.features.sae import check_sae
 from introspect_ray.tasks.base import Plan, Task, stable_id
 
+logger = logging.getLogger(__name__)
 _READERS = 4
 """Shards of earlier runs that are read at once."""
 
@@ -50,6 +53,11 @@ class Prepared:
     def run_key(self) -> str:
         """16 hex digits, equal for runs that write the same records into the same shards."""
         return stable_id(SCHEMA_VERSION, relevant(self.config), self.inputs)
+
+    @property
+    def claim(self) -> Claim:
+        """What the output folder is to be of."""
+        return Claim(self.folder, "dataset", self.config, self.run_key, self.inputs, relevant)
 
     @cached_property
     def orders(self) -> list[ShardOrder]:
@@ -95,8 +103,10 @@ def prepare(config: GenerateConfig, task: Task) -> Prepared:
     """Check a run from end to end and plan it. Raises UserError; reads no weights and writes nothing."""
     target = identify_target(config.target)
     _check_blocks(config, target)
-    _check_sae(config, target)
     source = load_source(config.source, task.name, task.source_formats)
+    needs_sae = config.task == "feature_description" and any(row.get("vector") is None for row in source.rows)
+    if needs_sae:
+        _check_sae(config, target)
     _check_layers(source, target)
     plan = task.plan(source.rows, config, splitter(config.split))
     rejected = _account(source, plan, task)
@@ -104,17 +114,16 @@ def prepare(config: GenerateConfig, task: Task) -> Prepared:
         f"target {target.path}": stable_id(target.model_dump()),
         f"source {source.name}": plan_digest(plan),
     }
-    if config.task == "feature_description":
+    if needs_sae:
         inputs[f"SAE {config.feature_description.sae}"] = folder_digest(coder_folder(config.feature_description.sae))
     prepared = Prepared(config, task, Folder(config.output), target, source, plan, rejected, inputs)
-    check_output(prepared)
+    prepared.claim.check()
     return prepared
 
 
 def begin(prepared: Prepared, orders: list[ShardOrder]) -> None:
     """Claim the output folder for this run and write the work items of the shards that are to be done."""
-    content = {"run_key": prepared.run_key, "inputs": prepared.inputs, "config": resolved(prepared.config)}
-    prepared.folder.write(CONFIG_NAME, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    prepared.claim.write()
     for order in orders:
         write_items(prepared.folder, order, prepared.items(order))
 
@@ -143,8 +152,6 @@ def _check_blocks(config: GenerateConfig, target: TargetIdentity) -> None:
 
 
 def _check_sae(config: GenerateConfig, target: TargetIdentity) -> None:
-    if config.task != "feature_description":
-        return
     path = config.feature_description.sae
     card = check_sae(path, target.width)
     if card.layer >= target.num_layers:
@@ -152,6 +159,8 @@ def _check_sae(config: GenerateConfig, target: TargetIdentity) -> None:
             f"SAE path '{path}' is of layer {card.layer}, but {target.path} has {target.num_layers} layers:"
             f" expected 0 to {target.num_layers - 1}"
         )
+    if note := card.other_model(target.path):
+        logger.warning("SAE path '%s': %s", path, note)
 
 
 def _check_layers(source: Source, target: TargetIdentity) -> None:
@@ -184,35 +193,3 @@ def _account(source: Source, plan: Plan, task: Task) -> list[tuple[int, str]]:
             f" ({reasons})"
         )
     return rejected
-
-
-# --- output folder ----------------------------------------------------------------------------------------------
-
-
-def check_output(prepared: Prepared) -> None:
-    """Refuse an output folder that holds something else than this very run, begun or finished."""
-    folder, url = prepared.folder, prepared.folder.url
-    names = [name for name in folder.names() if not name.startswith(TEMPORARY)]
-    if not names:
-        return
-    if CONFIG_NAME not in names:
-        raise UserError(
-            f"output folder {url} is not empty and holds no dataset ({names[0]}, ...): choose another folder"
-        )
-    try:
-        found = json.loads(folder.read(CONFIG_NAME))
-        other = GenerateConfig.model_validate(found["config"])
-        other_inputs, other_key = dict(found["inputs"]), found["run_key"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f"output folder {url}: its {CONFIG_NAME} is none of this version's: choose another folder"
-        ) from None
-    if other_key == prepared.run_key:
-        return
-    changes = differences(relevant(other), relevant(prepared.config))
-    if not changes:
-        changed = [name for name, digest in prepared.inputs.items() if other_inputs.get(name) != digest]
-        changes = [f"{', '.join(changed) or 'the layout'} changed since it was begun"]
-    raise UserError(
-        f"output folder {url} belongs to another config ({'; '.join(changes)}): choose another folder or delete it"
-    )

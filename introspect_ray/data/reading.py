@@ -10,7 +10,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
@@ -24,15 +24,26 @@ from introspect_ray.errors import UserError
 RawRow = dict[str, Any]
 TextUnit = Literal["auto", "paragraph", "line", "file"]
 _COMPRESSIONS = (".gz", ".bz2", ".xz")
+_PARQUET_ROWS = 1024
+"""Rows of a Parquet file that are turned into plain dicts at once."""
 _PATTERN = re.compile(r"[*?\[]")
 
 
-def read_rows(path: str, text_unit: TextUnit = "auto") -> list[RawRow]:
+def iter_rows(path: str, text_unit: TextUnit = "auto") -> Iterator[RawRow]:
     """All rows of a file in file order, or of the files of one kind in a folder or of a glob, in order of their names.
 
-    `text_unit` says what a row of a txt file is. Every problem of a file as a whole is a UserError that names it.
+    Of a Parquet file a part is in memory at a time, of any other all of it. `text_unit` says what a row of a txt file
+    is. Every problem of a file as a whole is a UserError that names it.
     """
-    return [row for file in _files(path) for row in _file_rows(file, text_unit)]
+    for file in _files(path):
+        if _kind(file) == ".parquet" and PurePosixPath(file.split("?")[0]).suffix.lower() not in _COMPRESSIONS:
+            with open_parquet(file) as parquet:
+                if not parquet.metadata.num_rows:
+                    raise UserError(f"source {file} holds no rows, expected at least one")
+                for batch in parquet.iter_batches(_PARQUET_ROWS):
+                    yield from batch.to_pylist()
+        else:
+            yield from _file_rows(file, text_unit)
 
 
 def _files(path: str) -> list[str]:
@@ -173,12 +184,13 @@ def _parquet(path: str, content: bytes) -> list[Any]:
 def open_parquet(path: str) -> Iterator[pq.ParquetFile]:
     """A Parquet file to be read in parts. A problem of it, met inside the block too, is a UserError that names it."""
     try:
-        with (
-            storage_errors(f"source {path} cannot be read", (FileNotFoundError, pa.ArrowException, OSError)),
-            fsspec.open(path, "rb") as content,
-            _parquet_file(path, content) as file,
-        ):
-            yield file
+        with ExitStack() as stack:
+            with storage_errors(f"source {path} cannot be read", (FileNotFoundError,)):
+                content = stack.enter_context(fsspec.open(path, "rb"))
+            stack.enter_context(
+                storage_errors(f"source {path} cannot be read", (FileNotFoundError, pa.ArrowException, OSError))
+            )
+            yield stack.enter_context(_parquet_file(path, content))
     except FileNotFoundError:
         raise UserError(f"source {path} does not exist") from None
 

@@ -7,17 +7,20 @@ file is not what the config says: it is refused with the row and the field.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from itertools import chain, islice
+from math import inf, isfinite
 from typing import Any
 
 from introspect_ray.config import SourceConfig
-from introspect_ray.data.reading import RawRow, read_rows
+from introspect_ray.data.reading import RawRow, iter_rows
 from introspect_ray.errors import UserError
+from introspect_ray.features.descriptions import is_text
 
 SourceRow = dict[str, Any]
 _ABSENT = object()
+_ROWS_TO_TELL_LAYOUT = 1000
 
 
 class Unusable(Exception):
@@ -52,14 +55,42 @@ def load_source(config: SourceConfig, purpose: str, accepted_formats: Sequence[s
 
     Raises UserError before any model is touched.
     """
-    raw = _pocket_rows(purpose) if config.path == "pocket" else read_rows(config.path, config.text_unit)
-    raw = raw if config.limit is None else raw[: config.limit]
+    raw = list(_raw_rows(config, purpose))
+    layout = _accepted_layout(config, raw, purpose, accepted_formats)
+    if layout.normalize is _description:
+        raw = _with_candidates(config.path, raw, config.label_score)
+    return normalize_rows(config.path, raw, layout)
+
+
+def iter_texts(config: SourceConfig) -> Iterator[tuple[str, str]]:
+    """(text, "") of every usable row of plain text in file order, ("", reason) of every other one; never all at once.
+
+    Unlike `load_source` it does not know duplicates. Raises UserError as that does, for a row when it comes to it.
+    """
+    rows = _raw_rows(config, "text")
+    first = list(islice(rows, _ROWS_TO_TELL_LAYOUT))
+    layout = _accepted_layout(config, first, "text", ("text",))
+    for number, raw_row in enumerate(chain(first, rows)):
+        try:
+            yield _normalized(config.path, number, raw_row, layout)["text"], ""
+        except Unusable as reason:
+            yield "", str(reason)
+
+
+def _raw_rows(config: SourceConfig, purpose: str) -> Iterator[RawRow]:
+    rows = iter(_pocket_rows(purpose)) if config.path == "pocket" else iter_rows(config.path, config.text_unit)
+    return islice(rows, config.limit)
+
+
+def _accepted_layout(
+    config: SourceConfig, raw: Sequence[RawRow], purpose: str, accepted_formats: Sequence[str]
+) -> Layout:
     layout = find_layout(config.path, raw, config.format)
     if layout.format not in accepted_formats:
         raise UserError(
             f"source {config.path} has format {layout.format}, {purpose} needs {' or '.join(accepted_formats)}"
         )
-    return normalize_rows(config.path, raw, layout)
+    return layout
 
 
 def _pocket_rows(purpose: str) -> list[RawRow]:
@@ -92,15 +123,8 @@ def normalize_rows(name: str, raw: Sequence[RawRow], layout: Layout) -> Source:
     rejected: list[tuple[int, str]] = []
     seen: set[str] = set()
     for number, raw_row in enumerate(raw):
-        values = {field: _field(raw_row, field) for field in (*layout.needed, *layout.optional)}
-        for field in layout.needed:
-            if values[field] is _ABSENT:
-                raise UserError(
-                    f"source {name}, row {number} (counted from 0) has no field {field!r},"
-                    f" which format {layout.format} needs"
-                )
         try:
-            row = layout.normalize({field: value for field, value in values.items() if value is not _ABSENT})
+            row = _normalized(name, number, raw_row, layout)
         except Unusable as reason:
             rejected.append((number, str(reason)))
             continue
@@ -112,6 +136,18 @@ def normalize_rows(name: str, raw: Sequence[RawRow], layout: Layout) -> Source:
         rows.append({**row, "row": number})
     assert len(rows) + len(rejected) == len(raw), "every row is used or has a reason"
     return Source(name, layout.format, rows, rejected, len(raw))
+
+
+def _normalized(name: str, number: int, raw_row: RawRow, layout: Layout) -> SourceRow:
+    """The source row of one raw row. Raises Unusable, or UserError if it lacks a field."""
+    values = {field: _field(raw_row, field) for field in (*layout.needed, *layout.optional)}
+    for field in layout.needed:
+        if values[field] is _ABSENT:
+            raise UserError(
+                f"source {name}, row {number} (counted from 0) has no field {field!r},"
+                f" which format {layout.format} needs"
+            )
+    return layout.normalize({field: value for field, value in values.items() if value is not _ABSENT})
 
 
 # --- fields -----------------------------------------------------------------------------------------------------
@@ -248,6 +284,63 @@ def _latent_label(row: Mapping[str, Any]) -> SourceRow:
     }
 
 
+def _evaluation_vector(row: Mapping[str, Any]) -> SourceRow:
+    layer = _number(row["layer"], int)
+    if layer < 0:
+        raise Unusable("index_out_of_range")
+    kept = {"vector_id": _text(row["vector_id"]), "kind": _text(row["kind"]), "group": _text(row["group"])}
+    return {**kept, "layer": layer, "vector": _vector(row["vector"])}
+
+
+def _description(row: Mapping[str, Any]) -> SourceRow:
+    """The preferred candidate of a latent; the others are acceptable too, and are no rows of their own."""
+    layer, index, text = _number(row["layer"], int), _number(row["latent"], int), _text(row["text"])
+    if layer < 0 or index < 0:
+        raise Unusable("index_out_of_range")
+    if not row["preferred"]:
+        raise Unusable("another_label_of_the_latent_is_used")
+    return {
+        "layer": layer,
+        "index": index,
+        "description": text,
+        "accepted": [other for other in row["candidates"] if other != text],
+        "score": row["label_score"],
+        "kind": _text(row["source"]),
+        "vector": None,
+    }
+
+
+def _with_candidates(name: str, raw: Sequence[RawRow], label_score: str | None) -> list[RawRow]:
+    """Rows of a descriptions.jsonl that know the other candidates of their latent, and whether they are preferred.
+
+    Raises UserError if no row has the score that the config names.
+    """
+    scores = [_label_score(row, label_score) for row in raw]
+    if label_score is not None and all(score is None for score in scores):
+        raise UserError(f"source {name}: no row has a score {label_score!r} (source.label_score)")
+    groups: dict[str, list[int]] = {}
+    for number, row in enumerate(raw):
+        if is_text(row.get("text")):
+            groups.setdefault(_latent_key(row), []).append(number)
+    found: list[RawRow] = []
+    for number, row in enumerate(raw):
+        group = groups.get(_latent_key(row), [number])
+        first = max(group, key=lambda one: (-inf if (score := scores[one]) is None else score, -one))
+        texts = list(dict.fromkeys(raw[one]["text"].strip() for one in group if is_text(raw[one].get("text"))))
+        found.append({**row, "preferred": number == first, "candidates": texts, "label_score": scores[number]})
+    return found
+
+
+def _latent_key(row: RawRow) -> str:
+    return json.dumps([row.get("layer"), row.get("latent")])
+
+
+def _label_score(row: RawRow, name: str | None) -> float | None:
+    score = _field(row, "scores").get(name) if name and isinstance(row.get("scores"), Mapping) else None
+    number = isinstance(score, int | float) and not isinstance(score, bool) and isfinite(score)
+    return float(score) if number and score is not None else None
+
+
 LAYOUTS = (
     Layout("counterfact", ("subject", "relation", "relation_id", "target_true"), _counterfact),
     Layout(
@@ -258,7 +351,15 @@ LAYOUTS = (
     Layout("known_facts", ("subject", "template", "attribute", "relation_id"), _known_fact),
     Layout("mmlu", ("question", "choices", "answer", "subject"), _mmlu),
     Layout("marked_text", ("text", "span_start", "span_end"), _marked_text, ("subject",)),
+    Layout(
+        "latent_labels",
+        ("layer", "latent", "text", "source", "scores"),
+        _description,
+        ("preferred", "candidates", "label_score"),
+    ),
     Layout("text", ("text",), lambda row: {"text": _text(row["text"])}),
     Layout("latent_labels", ("layer", "index", "description", "accepted", "score"), _latent_label, ("kind", "vector")),
+    Layout("vectors", ("vector_id", "kind", "layer", "group", "vector"), _evaluation_vector),
 )
-"""All known layouts: NeelNanda/counterfact-tracing, ROME's nested counterfact, ROME's known facts, cais/mmlu, ours."""
+"""All known layouts: NeelNanda/counterfact-tracing, ROME's nested counterfact, ROME's known facts, cais/mmlu, ours, and
+descriptions.jsonl. `vectors` are those of collect_vectors.py."""

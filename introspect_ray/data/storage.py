@@ -150,11 +150,27 @@ class Folder:
             raise UserError(f"{self.url} is a file, expected a folder")
         return sorted(entry["name"].rstrip("/").rpartition("/")[2] for entry in entries)
 
+    def files(self) -> list[str]:
+        """Paths of all files below, sorted, without interrupted writes; empty if the folder does not exist."""
+        filesystem, root = self._open()
+        with storage_errors(f"{self.url} cannot be listed", _ABSENT):
+            found = filesystem.find(root)
+        if found == [root]:
+            raise UserError(f"{self.url} is a file, expected a folder")
+        paths = sorted(path.removeprefix(root).lstrip("/") for path in found)
+        return [path for path in paths if not path.rpartition("/")[2].startswith(TEMPORARY)]
+
     def remove(self, name: str) -> None:
         """Delete one file; not an error if it is gone."""
         filesystem, root = self._open()
         with storage_errors(f"{self.url}/{name} cannot be deleted", _ABSENT), suppress(FileNotFoundError):
             filesystem.rm_file(f"{root}/{name}")
+
+    def remove_folder(self, name: str) -> None:
+        """Delete a folder inside with all that it holds; not an error if it is gone."""
+        filesystem, root = self._open()
+        with storage_errors(f"{self.url}/{name} cannot be deleted", _ABSENT), suppress(*_ABSENT):
+            filesystem.rm(f"{root}/{name}", recursive=True)
 
     def clear(self) -> None:
         """Delete all that is inside, folders too."""
@@ -174,3 +190,16 @@ def _write_local(filesystem: LocalFileSystem, path: str, content: bytes) -> None
     finally:
         if filesystem.exists(temporary):
             filesystem.rm_file(temporary)
+
+
+@contextmanager
+def new_folder(url: str) -> Iterator[Folder]:
+    """The output folder, which must be empty: nothing of another conversion may stay in it, nor of one that fails."""
+    folder = Folder(url)
+    if names := folder.names():
+        raise UserError(f"output folder {url} is not empty ({names[0]}, ...): choose another folder")
+    try:
+        yield folder
+    except BaseException:
+        folder.clear()
+        raise

@@ -78,7 +78,7 @@ def generate_records(
         by_item = _one_by_one(task, target, items, config, careful)
         sound = [item for item in items if by_item[item["item_id"]][0]["status"] not in ERRORS]
         if len(sound) > 1 and not (careful and careful.is_deadly(TOGETHER)):
-            with _announced(careful, TOGETHER):
+            with announced(careful, TOGETHER):
                 by_item |= _as_batch(task, target, sound, config) or {}
     return [record for item in items for record in by_item[item["item_id"]]]
 
@@ -90,7 +90,7 @@ def _as_batch(
     try:
         records = task.generate(target, items, config)
     except Exception as error:
-        _check_device(error)
+        check_device(error)
         logger.warning("a batch of %d items raised %r", len(items), error)
         return None
     return _check(records, items)
@@ -112,11 +112,11 @@ def _one_by_one(
             records.append(failed(item, PROCESS_DIED, f"{deaths} processes ended while this item ran alone"))
             continue
         num_run += 1
-        with _announced(attempt, item["item_id"]):
+        with announced(attempt, item["item_id"]):
             try:
                 records += task.generate(target, [item], config)
             except Exception as error:
-                _check_device(error)
+                check_device(error)
                 errors.append(error)
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
                 records.append(failed(item, GENERATION_ERROR, reason))
@@ -126,7 +126,7 @@ def _one_by_one(
 
 
 @contextmanager
-def _announced(attempt: Attempt | None, what: str) -> Iterator[None]:
+def announced(attempt: Attempt | None, what: str) -> Iterator[None]:
     """Notes what runs inside the block, so that it is known if the process ends in it."""
     if attempt:
         attempt.runs_alone(what)
@@ -135,7 +135,8 @@ def _announced(attempt: Attempt | None, what: str) -> Iterator[None]:
         attempt.runs_alone(None)
 
 
-def _check_device(error: Exception) -> None:
+def check_device(error: Exception) -> None:
+    """Raises DeviceFailed if the error is one that the device will not recover from."""
     if is_device_error(error):
         raise DeviceFailed(error) from error
 

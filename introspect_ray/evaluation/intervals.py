@@ -66,6 +66,20 @@ def bootstrap_intervals(rows: Sequence[Scored], metrics: Sequence[Metric], optio
     return result
 
 
+def bootstrap_mean(values: Sequence[float], options: Bootstrap) -> Interval:
+    """Mean of one value per group, and its percentile limits over resamples of the groups.
+
+    No values give `nan` throughout; one says nothing about variation between groups, and its limits are `nan`.
+    """
+    count = len(values)
+    if count < 2:
+        return Interval(values[0] if values else np.nan, np.nan, np.nan, count, count)
+    column = np.asarray(values, dtype=np.float64)
+    means = np.concatenate([weights @ column for weights in _group_weights(count, options)]) / count
+    low, high = _quantiles(means, options.confidence)
+    return Interval(float(column.mean()), low, high, count, count)
+
+
 def paired_difference(a: Sequence[Scored], b: Sequence[Scored], metric: Metric, options: Bootstrap) -> Interval:
     """Metric of `a` minus metric of `b`, two methods' answers to the same records, with percentile limits.
 

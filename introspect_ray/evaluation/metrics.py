@@ -23,7 +23,8 @@ class Scored:
     """One record with one method's answer to it.
 
     `predicted` is what `text` says, `None` if it does not have the form of an answer. `accepted` are contents that
-    match beside the truth's own. `reference` is the answer text that the explainer is trained to give.
+    match beside the truth's own. `reference` is the answer text that the explainer is trained to give. `judged` is what
+    an LM judge gave it, 0 to 1, `None` if none was asked or its answer was no rating.
     """
 
     record_id: str
@@ -33,6 +34,7 @@ class Scored:
     predicted: Answer | None
     text: str
     reference: str
+    judged: float | None = None
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,25 @@ paper_compat_has_changed_f1 = Metric(
     _macro_f1_of_valid,
 )
 
+judge = Metric(
+    "judge",
+    "Judge",
+    """Mean rating of an LM judge, 1 to 5 as 0 to 1, the best over all labels. Denominator: rows that have a rating.
+
+    An answer that has not the form of one counts as 0. Source: P1 2.1. Deviation: a call that failed is left out and
+    counted (`judge_failure_rate`), where P1 takes the lowest rating.
+    """,
+    lambda row: (row.judged or 0.0, float(row.judged is not None)),
+    _ratio,
+)
+judge_failure_rate = Metric(
+    "judge_failure_rate",
+    "Judge failures",
+    "Share of rows of which the judge gave no rating. Denominator: all rows.",
+    lambda row: (float(row.judged is None), 1.0),
+    _ratio,
+)
+
 METRICS: Mapping[str, Metric] = {
     metric.name: metric
     for metric in (
@@ -195,6 +216,8 @@ METRICS: Mapping[str, Metric] = {
         description_match,
         paper_compat_exact_match,
         paper_compat_has_changed_f1,
+        judge,
+        judge_failure_rate,
     )
 }
 """Every metric by name. A task names those that are reported for it; `paper_compat_*` are never among them."""

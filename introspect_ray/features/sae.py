@@ -1,4 +1,4 @@
-"""Sparse coders on disk, in sae-lens' format: `cfg.json` beside `sae_weights.safetensors`.
+"""Sparse coders on disk: folders of sae-lens and of sparsify, sae-lens' releases, and the two of the pocket world.
 
 Read and written by safetensors alone: importing sae_lens takes ten seconds and more, and inference needs none of it.
 """
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from introspect_ray.errors import UserError
 from introspect_ray.features.card import CONFIG_FILE, WEIGHTS_FILE, CoderCard, coder_folder, read_card, sae_lens_version
-from introspect_ray.features.coder import SparseCoder
+from introspect_ray.features.coder import Gate, SparseCoder
+from introspect_ray.features.sparsify import STORED_NAMES
 
 __all__ = ["SparseCoder", "check_sae", "load_sae", "save_transcoder"]
 
@@ -26,9 +27,11 @@ def check_sae(path: str, width: int) -> CoderCard:
     """The card of the coder at `path`, read without its weights.
 
     Raises `UserError` if it cannot be read, if a tensor is missing or has a shape that its config contradicts, or if
-    its feature vectors do not have `width` entries.
+    what it reads or its feature vectors do not have `width` entries.
     """
     card = read_card(path)
+    if card.width_in != width and card.width_out == width:
+        raise UserError(f"SAE path '{path}' reads vectors of width {card.width_in}: the target has width {width}")
     if card.width_out != width:
         raise UserError(
             f"SAE path '{path}' has feature vectors of width {card.width_out}: the target has width {width}"
@@ -38,8 +41,9 @@ def check_sae(path: str, width: int) -> CoderCard:
 
 
 def load_sae(path: str) -> SparseCoder:
-    """The SAE or transcoder of a sae-lens folder, or of `pocket:sae` / `pocket:transcoder`; float32, on the CPU.
+    """The SAE or transcoder at `path`, in float32, on the CPU; scales of training folded into its weights.
 
+    `path` is a folder that sae-lens or sparsify wrote, `sae-lens:RELEASE:ID`, `pocket:sae` or `pocket:transcoder`.
     Raises `UserError` as `check_sae` does, and if a weight is NaN or infinite.
     """
     card = read_card(path)
@@ -47,18 +51,23 @@ def load_sae(path: str) -> SparseCoder:
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"SAE path '{path}': tensor {name} holds NaN or infinity: expected finite numbers")
+    gated = "b_gate" in tensors
     return SparseCoder(
         kind=card.kind,
         layer=card.layer,
-        encoder=tensors["W_enc"],
-        encoder_bias=tensors["b_enc"],
-        decoder=tensors["W_dec"],
-        decoder_bias=tensors["b_dec"],
+        encoder=tensors["W_enc"] * card.input_scale,
+        encoder_bias=tensors["b_mag" if gated else "b_enc"],
+        decoder=tensors["W_dec"] / card.input_scale,
+        decoder_bias=tensors["b_dec"] / card.input_scale,
         threshold=tensors.get("threshold"),
         skip=tensors.get("W_skip"),
         k=card.k,
         subtract_bias=card.subtract_bias,
         rescale=card.rescale,
+        signed=card.architecture == "abstopk",
+        gate=Gate(tensors["b_gate"], tensors["r_mag"].exp()) if gated else None,
+        normalization=card.normalization,
+        places=(card.reads, card.writes),
     )
 
 
@@ -93,19 +102,25 @@ def save_transcoder(coder: SparseCoder, folder: Path, metadata: Mapping[str, Any
 
 def _open_weights(path: str, card: CoderCard, load: bool) -> dict[str, Tensor]:
     """The architecture's tensors if `load`; their names and shapes are checked against the card in any case."""
-    file = coder_folder(path) / WEIGHTS_FILE
+    file = coder_folder(path) / card.weights_file
     tensors: dict[str, Tensor] = {}
     try:
         with safe_open(file, framework="pt") as weights:
-            stored = set(weights.keys())
+            names = set(weights.keys())
+            if "scaling_factor" in names and (weights.get_tensor("scaling_factor") != 1).any():
+                raise UserError(f"{file}: tensor scaling_factor is not supported: fold it into W_dec")
             for name, expected in card.tensor_shapes().items():
-                if name not in stored:
-                    raise UserError(f"{file} has no tensor {name}, which architecture '{card.architecture}' needs")
-                found = tuple(weights.get_slice(name).get_shape())
-                if found != expected:
-                    raise UserError(f"{file}: tensor {name} has shape {found}, but {CONFIG_FILE} says {expected}")
+                stored = STORED_NAMES.get(name, name) if card.is_sparsify else name
+                turned = card.is_sparsify and name == "W_enc"
+                if stored not in names:
+                    raise UserError(f"{file} has no tensor {stored}, which architecture '{card.architecture}' needs")
+                found = tuple(weights.get_slice(stored).get_shape())
+                if found != (expected[::-1] if turned else expected):
+                    said = expected[::-1] if turned else expected
+                    raise UserError(f"{file}: tensor {stored} has shape {found}, but {CONFIG_FILE} says {said}")
                 if load:
-                    tensors[name] = weights.get_tensor(name).float()
+                    tensor = weights.get_tensor(stored).float()
+                    tensors[name] = tensor.T.contiguous() if turned else tensor
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} cannot be read: {error}") from error
     return tensors

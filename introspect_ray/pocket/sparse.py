@@ -17,10 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from introspect_ray.config import PocketSparseConfig
 from introspect_ray.features.activations import mlp_inputs_outputs, residual_outputs
-from introspect_ray.features.batch_topk import BatchTopKConfig, Progress, train_sae, train_skip_transcoder
+from introspect_ray.features.batch_topk import BatchTopKConfig, Progress, train_skip_transcoder
 from introspect_ray.features.coder import ActiveLatents, Kind, SparseCoder, fraction_unexplained
 from introspect_ray.features.labelling import LabellingConfig, LatentLabel, Membership, Sample, label_latents
 from introspect_ray.features.sae import load_sae, save_transcoder
+from introspect_ray.features.sae_training import train_sae
 from introspect_ray.interventions.target import Target
 from introspect_ray.models.tokens import encode_with_offsets
 from introspect_ray.pocket.annotation import Word, annotate, knowledge

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -16,6 +16,7 @@ NUM_LEVELS = 11
 MAX_LEVEL = NUM_LEVELS - 1
 
 
+@runtime_checkable
 class Simulator(Protocol):
     """Predicts from words alone how strongly a latent with that description is active at every token of a window."""
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from introspect_ray.config import ActorConfig, EvaluateConfig, EvaluationRun, resolved
+from introspect_ray.data.chat_pool import chat_model, check_chat
 from introspect_ray.data.cluster import connect
 from introspect_ray.data.dataset import Dataset, open_dataset
 from introspect_ray.data.generate import check_resources
@@ -21,6 +22,8 @@ from introspect_ray.data.storage import Folder
 from introspect_ray.errors import UserError
 from introspect_ray.evaluation.evaluate import Keep, TaskEvaluation, applicable, evaluate_task
 from introspect_ray.evaluation.intervals import Bootstrap
+from introspect_ray.evaluation.judge import Judge
+from introspect_ray.evaluation.judged import JUDGED_TASK, with_judgements
 from introspect_ray.evaluation.report import Report, TaskReport, build_task_report, render_report
 from introspect_ray.evaluation.sampling import spread
 from introspect_ray.evaluation.scores import format_table, scores_json
@@ -69,11 +72,13 @@ def evaluate_explainer(config: EvaluateConfig, progress: Progress) -> Evaluation
     contests = _contests(all_jobs)
     jobs = [contest[0] for contest in contests]
     tests = [spread(job.dataset.records("test"), config.max_examples) for job in jobs]
+    if config.judge is not None:
+        check_chat(config.judge.chat)
     folder = Folder(config.output)
     _claim(folder, config, all_jobs)
     tally = _Tally(
         sum(
-            len(test) * (_num_texts(contest[0].task, config) + len(contest) - 1)
+            len(test) * (_num_texts(contest[0].task, config) + len(contest) - 1 + _num_judged(contest, config))
             for contest, test in zip(contests, tests, strict=True)
         ),
         progress,
@@ -165,13 +170,34 @@ def _num_texts(task: Task, config: EvaluateConfig) -> int:
     return sum(len(config.scales) if method == "self_scales" else 1 for method in applicable(task, config.methods))
 
 
+def _num_judged(contest: Sequence[_Job], config: EvaluateConfig) -> int:
+    """Methods and further explainers whose answers the judge rates."""
+    task = contest[0].task
+    if config.judge is None or task.name != JUDGED_TASK:
+        return 0
+    return len(applicable(task, config.methods)) + len(contest) - 1
+
+
 def _evaluate(
     contest: Sequence[_Job], test: Sequence[Record], config: EvaluateConfig, folder: Folder, tally: _Tally
 ) -> tuple[TaskEvaluation, TaskReport]:
-    """One dataset: further explainers first, one pool of actors after the other, because pools share the machines."""
+    """One dataset: answers, then the judge, whose actors come when those of the explainers are gone."""
+    job = contest[0]
+    keep = _keeper(folder, job.task.name, len(test), tally)
+    evaluation = _answer(contest, test, config, keep, tally)
+    if config.judge is not None and job.task.name == JUDGED_TASK:
+        with chat_model(config.judge.chat, config.actors, config.seed) as model:
+            evaluation = with_judgements(evaluation, Judge(model), config.judge.max_labels, keep)
+    curve = [(line["step"], line["loss"]) for line in read_metrics(Folder(job.run.explainer))]
+    return evaluation, build_task_report(job.task, test, evaluation, curve, config.num_browsable)
+
+
+def _answer(
+    contest: Sequence[_Job], test: Sequence[Record], config: EvaluateConfig, keep: Keep, tally: _Tally
+) -> TaskEvaluation:
+    """Further explainers first, one pool of actors after the other, because pools share the machines."""
     job, *others = contest
     name = job.task.name
-    keep = _keeper(folder, name, len(test), tally)
     queries = [job.task.render(record).query for record in test] if others else []
 
     def answers(other: _Job) -> list[str]:
@@ -180,7 +206,7 @@ def _evaluate(
 
     texts = {str(other.run.name): keep(str(other.run.name), partial(answers, other)) for other in others}
     pool = AnswerPool(job.run.explainer, config.actors, config.batch_size, lambda count: tally.add(count, name))
-    evaluation = evaluate_task(
+    return evaluate_task(
         job.task,
         job.dataset.records("train"),
         test,
@@ -193,8 +219,6 @@ def _evaluate(
         name=job.run.name,
         others=texts,
     )
-    curve = [(line["step"], line["loss"]) for line in read_metrics(Folder(job.run.explainer))]
-    return evaluation, build_task_report(job.task, test, evaluation, curve, config.num_browsable)
 
 
 def _keeper(folder: Folder, task: str, num_records: int, tally: _Tally) -> Keep:

@@ -21,7 +21,7 @@ from introspect_ray.data.storage import Folder
 from introspect_ray.explainer.card import is_remote
 from introspect_ray.tasks.base import stable_id
 from introspect_ray.training.metrics import Metrics, MetricsLog
-from introspect_ray.training.run import TrainingRun
+from introspect_ray.training.run import Run
 
 TENSORBOARD_FOLDER = "tensorboard"
 EXPERIMENT = "introspect_ray"
@@ -41,7 +41,7 @@ class Sink(Protocol):
 class Loggers:
     """All places where the metrics of a run go, from one process. A context manager: leaving it closes them all."""
 
-    def __init__(self, run: TrainingRun, step: int):
+    def __init__(self, run: Run, step: int):
         """`step` is the one that the run goes on from; what was logged after it is logged again."""
         self._file = MetricsLog(run.folder, step)
         config = run.config.logging
@@ -126,7 +126,7 @@ class _TensorBoard:
 class _WeightsAndBiases:
     """One run of a project; whether it is online is the package's own `WANDB_MODE`."""
 
-    def __init__(self, project: str, run: TrainingRun):
+    def __init__(self, project: str, run: Run):
         import wandb
 
         output = run.config.output
@@ -151,7 +151,7 @@ class _WeightsAndBiases:
 class _MLflow:
     """One run of the experiment `introspect_ray` on a tracking server or in a folder."""
 
-    def __init__(self, uri: str, run: TrainingRun):
+    def __init__(self, uri: str, run: Run):
         if "://" not in uri:
             # Newer versions want to be told that a plain folder is meant.
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -184,12 +184,12 @@ class _MLflow:
         self._client.set_terminated(self._run_id, status="FAILED" if failed else "FINISHED")
 
 
-def _identity(run: TrainingRun) -> str:
+def _identity(run: Run) -> str:
     """Equal when the same run goes on, different for the same config in another folder."""
     return stable_id(run.run_key, run.config.output)
 
 
-def _name(run: TrainingRun) -> str:
+def _name(run: Run) -> str:
     return run.config.output.rstrip("/").rpartition("/")[2]
 
 

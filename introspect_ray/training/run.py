@@ -11,7 +11,7 @@ import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import ValidationError
 
@@ -44,6 +44,26 @@ TRAINING_FILE = "training.json"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS_FOLDER = "checkpoints"
 logger = logging.getLogger(__name__)
+
+
+class Run(Protocol):
+    """What loggers, drivers and loops need of a training run, be it of an explainer or of a simulator."""
+
+    @property
+    def config(self) -> Any: ...
+
+    @property
+    def run_key(self) -> str: ...
+
+    @property
+    def folder(self) -> Folder: ...
+
+    @property
+    def checkpoints(self) -> Folder: ...
+
+    def results(self) -> dict[str, Any]: ...
+
+    def to_json(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)

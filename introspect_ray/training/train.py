@@ -32,7 +32,7 @@ from introspect_ray.training.loop import train_loop
 from introspect_ray.training.metrics import Metrics, read_metrics
 from introspect_ray.training.notices import notices
 from introspect_ray.training.plan import check_plan, plan_run
-from introspect_ray.training.run import TrainingRun, prepare, storage_of
+from introspect_ray.training.run import Run, prepare, storage_of
 
 Progress = Callable[[int, int, str], None]
 """Called with steps done, steps in all, and how it goes (loss, speed, newest evaluation)."""
@@ -91,23 +91,38 @@ def train_explainer(config: TrainConfig, progress: Progress) -> Summary:
     return Summary(config.output, run.num_examples, results, was_complete=False)
 
 
+def run_workers(
+    run: Run, loop: Callable[[dict[str, Any]], None], progress: Progress, note: Callable[[Sequence[Metrics]], str]
+) -> dict[str, Any]:
+    """Run another loop than an explainer's on Ray Train, in attempts until one ends; returns what came of it.
+
+    `loop` is called on every worker with `run.to_json()` and `notices`, an actor that takes what users should hear;
+    `note` says of the lines of metrics how it goes.
+    """
+    with connect(), _watched(run, progress, note), notices() as actor:
+        _check_resources(run.config.trainer)
+        return _fit_while_it_gets_on(run, actor, loop)
+
+
 class _WorkersLost(RunFailed):
     """Workers failed more often than one attempt allows."""
 
 
-def _fit_while_it_gets_on(run: TrainingRun, notices: Any) -> dict[str, Any]:
+def _fit_while_it_gets_on(
+    run: Run, notices: Any, loop: Callable[[dict[str, Any]], None] = train_loop
+) -> dict[str, Any]:
     """Attempts until one ends or leaves no newer checkpoint than the one before."""
     store = CheckpointStore(run.checkpoints, run.run_key, run.config.trainer.keep_checkpoints)
     while True:
         newest = store.newest(None)
         try:
-            return _fit(run, notices)
+            return _fit(run, notices, loop)
         except _WorkersLost:
             if store.newest(None) <= newest:
                 raise
 
 
-def _fit(run: TrainingRun, notices: Any) -> dict[str, Any]:
+def _fit(run: Run, notices: Any, loop: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     trainer = run.config.trainer
     path, filesystem = storage_of(run.config.output)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -119,7 +134,7 @@ def _fit(run: TrainingRun, notices: Any) -> dict[str, Any]:
     least, most = _least_workers(trainer), trainer.num_workers
     size = most if least == most else (least, most)
     torch_trainer = TorchTrainer(
-        train_loop,
+        loop,
         train_loop_config={**run.to_json(), "notices": notices},
         scaling_config=ScalingConfig(
             num_workers=cast(Any, size),
@@ -151,7 +166,7 @@ def _fit(run: TrainingRun, notices: Any) -> dict[str, Any]:
     return results
 
 
-def _remove_notes(run: TrainingRun) -> None:
+def _remove_notes(run: Run) -> None:
     filesystem, path = fsspec.core.url_to_fs(f"{run.config.output.rstrip('/')}/{NOTES_FOLDER}")
     if filesystem.exists(path):
         filesystem.rm(path, recursive=True)
@@ -209,7 +224,7 @@ def _note(lines: Sequence[Metrics], metric: str) -> str:
 
 
 @contextmanager
-def _watched(run: TrainingRun, progress: Progress) -> Iterator[None]:
+def _watched(run: Run, progress: Progress, note: Callable[[Sequence[Metrics]], str] | None = None) -> Iterator[None]:
     """Calls `progress` from a thread whenever metrics.jsonl has grown, and once more at the end."""
     stop = threading.Event()
     shown = 0
@@ -222,7 +237,8 @@ def _watched(run: TrainingRun, progress: Progress) -> Iterator[None]:
             return  # storage that is away for a while is the workers' to tell
         if metrics and metrics[-1]["step"] != shown:
             shown = metrics[-1]["step"]
-            progress(shown, run.config.optimization.steps, _note(metrics, run.config.evaluation.metric))
+            said = _note(metrics, run.config.evaluation.metric) if note is None else note(metrics)
+            progress(shown, run.config.optimization.steps, said)
 
     def watch() -> None:
         while not stop.wait(POLL_S):

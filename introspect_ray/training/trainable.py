@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -12,9 +12,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from introspect_ray.explainer.model import Explainer
 from introspect_ray.training.pieces import Rows
 from introspect_ray.training.workers import Workers
+
+
+class Trained(Protocol):
+    """What is trained: an explainer, or a simulator."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]: ...
 
 
 @dataclass(frozen=True)
@@ -37,11 +45,11 @@ class Trainable:
     ones were summed while they were computed.
     """
 
-    def __init__(self, explainer: Explainer, workers: Workers):
+    def __init__(self, trained: Trained, workers: Workers):
         self.workers = workers
-        self._parameters = {name: _own(parameter) for name, parameter in explainer.trainable_parameters().items()}
+        self._parameters = {name: _own(parameter) for name, parameter in trained.trainable_parameters().items()}
         self.is_sharded = any(one.is_sharded for one in self._parameters.values())
-        self.device = explainer.device
+        self.device = trained.device
 
     @property
     def own(self) -> dict[str, nn.Parameter]:

@@ -114,6 +114,8 @@ def cases(folder):
     nan_row = put_nan(nan, "test")
     explainer = write_explainer(folder / "explainer", target)
 
+    absent = str(folder / "nowhere")
+
     def generate(*arguments):
         usual = ("--target.path", target, "--source.path", facts, "--output", str(folder / "new"))
         return "generate_dataset", [*usual, *arguments]
@@ -125,8 +127,16 @@ def cases(folder):
         runs = json.dumps([{"dataset": str(dataset), "explainer": explainer}])
         return "evaluate_explainer", ["--runs", runs, "--output", str(folder / "scores")]
 
+    def describe(*arguments):
+        usual = ("--method", "chat", "--exemplars", absent, "--output", str(folder / "new"))
+        return "describe_latents", [*usual, "--chat.local.model.path", target, *arguments]
+
+    description = {"layer": 1, "latent": 0, "text": "d", "source": "lexicon", "scores": {}}
+    lacking_source = {key: value for key, value in description.items() if key != "source"}
+    descriptions = write_rows(folder / "descriptions.jsonl", [description, lacking_source])
     features = ("--task", "feature_description", "--feature_description.sae", write_sae(folder / "sae"))
-    absent = str(folder / "nowhere")
+    texts = write_rows(folder / "texts.jsonl", [{"text": f"text {number}"} for number in range(8)])
+    of_target = ("--target.path", target, "--output", str(folder / "new"))
     return {
         "unknown task": (
             *generate("--task", "patching"),
@@ -196,6 +206,60 @@ def cases(folder):
             ["--explainer", whole, "--output", str(folder / "new")],
             (f"{whole} is not a finished explainer: it has no explainer.json",),
         ),
+        "coder without an id": (
+            *generate(*features[:-1], "sae-lens:llama_scope_lxr_8x", "--source.path", labels),
+            ("SAE path 'sae-lens:llama_scope_lxr_8x' is incomplete: expected sae-lens:RELEASE:ID",),
+        ),
+        "layer of a coder": (
+            "train_sae",
+            [*of_target, "--source.path", texts, "--layer", "4"],
+            ("layer is 4", "has 4 layers: expected 0 to 3"),
+        ),
+        "more latents than tokens": (
+            "train_transcoder",
+            [*of_target, "--source.path", texts, "--batch_size", "8"],
+            ("num_latents is 1024", "holds 256 (stream.buffer_batches x batch_size)"),
+        ),
+        "vectors of no text": (
+            "collect_vectors",
+            [*of_target, "--texts.path", texts, "--split.train", "0", "--split.validation", "0", "--split.test", "1"],
+            (f"source {texts} has no text outside of the test split",),
+        ),
+        "descriptions without a field": (
+            "convert_descriptions",
+            ["--source", descriptions, "--source_format", "descriptions", "--output", str(folder / "new")],
+            (f"{descriptions}, line 2: field 'source' is missing, expected text",),
+        ),
+        "key of an endpoint": (
+            *describe("--chat.kind", "endpoint", "--chat.endpoint.api_key_variable", "NO_SUCH_KEY"),
+            ("chat.endpoint.api_key_variable is NO_SUCH_KEY", "no such variable"),
+        ),
+        "cost cap without a price": (
+            *describe("--chat.endpoint.max_cost", "5"),
+            ("max_cost needs input_price and output_price",),
+        ),
+        "exemplars that are not there": (*describe(), (f"{absent} has no exemplars.json",)),
+        "simulator without exemplars": (
+            "train_simulator",
+            ["--model.path", target, "--exemplars", absent, "--output", str(folder / "new")],
+            (f"{absent} has no exemplars.json", "collect_exemplars.py writes it last"),
+        ),
+        "scores by no simulator": (
+            "score_descriptions",
+            ["--simulator.model.path", whole, "--simulator.kind", "finetuned", "--output", str(folder / "new")],
+            (f"{whole} is not a finished simulator: it has no simulator.json",),
+        ),
+        "width of a coder to collect with": (
+            "collect_exemplars",
+            [*of_target, "--source.path", texts],
+            (f"has feature vectors of width 160: the target has width {WIDTH}",),
+        ),
+        "shards of broken batches": (
+            "collect_exemplars",
+            [*of_target, "--texts_per_shard", "100"],
+            ("texts_per_shard must be a multiple of texts_per_batch, 64", "found 100"),
+        ),
+        "page of no exemplars": ("browse_latents", [absent], (f"{absent} has no exemplars.json",)),
         "empty source": (
             *generate("--source.path", str(folder / "empty.jsonl")),
             (f"source {folder / 'empty.jsonl'} is empty, expected at least one row",),
@@ -213,7 +277,11 @@ NAMES = (
     *("truncated shard of an evaluation", "width without projection", "NaN in a vector"),
     *("NaN in a vector to train on", "empty source", "source row without a field"),
     *("evaluation without validation records", "metric of no dataset", "explainers without names"),
-    "export of no explainer",
+    *("export of no explainer", "simulator without exemplars", "scores by no simulator"),
+    *("coder without an id", "layer of a coder", "more latents than tokens", "vectors of no text"),
+    *("width of a coder to collect with", "shards of broken batches", "page of no exemplars"),
+    *("descriptions without a field", "key of an endpoint", "cost cap without a price"),
+    "exemplars that are not there",
 )
 AS_A_USER = ("unknown task", "truncated shard")
 

@@ -15,6 +15,7 @@ import ray
 from fake_task import FakeTask, crash, deadly_target, fake_config, fake_target, load_no_such_model
 
 import introspect_ray.data.generate as generate_module
+import introspect_ray.data.pool as pool_module
 from introspect_ray.data.cluster import connect
 from introspect_ray.data.dataset import canonical_dump, open_dataset
 from introspect_ray.data.generate import generate_dataset
@@ -109,7 +110,7 @@ def test_an_item_that_always_kills_its_process_is_a_failed_record(tmp_path, clus
 
 
 def test_a_shard_that_is_out_of_attempts_fails_the_run_alone(tmp_path, cluster, monkeypatch):  # noqa: ARG001
-    monkeypatch.setattr(generate_module, "RETRIES_PER_SHARD", 1)
+    monkeypatch.setattr(pool_module, "RETRIES_PER_SHARD", 1)
     # The deadly one comes last, because an order that waits behind it at the same actor loses an attempt with it.
     config = fake_config(tmp_path, ["a", "b", "c", "kill"], items_per_shard=1)
     line = r"1 shards were not written, the first is shards/shard-00003.parquet \(its processes died\)"
@@ -151,7 +152,7 @@ def test_a_device_that_fails_costs_one_more_try_elsewhere(tmp_path, cluster):  #
 
 
 def test_a_device_that_is_broken_is_named(tmp_path, cluster, monkeypatch):  # noqa: ARG001
-    monkeypatch.setattr(generate_module, "RETRIES_PER_SHARD", 1)
+    monkeypatch.setattr(pool_module, "RETRIES_PER_SHARD", 1)
     config = fake_config(tmp_path, ["a", "b", "device"], items_per_shard=1)
     with pytest.raises(RunFailed, match=r"1 shards .*\(RuntimeError: CUDA error: unspecified launch failure\)"):
         run(config)
@@ -181,7 +182,7 @@ def test_actors_that_this_machine_cannot_hold(tmp_path, cluster):  # noqa: ARG00
 
 
 def test_waiting_for_room_is_said(tmp_path, cluster, monkeypatch, capfd):  # noqa: ARG001
-    monkeypatch.setattr(generate_module, "NOTE_AFTER_S", 1)
+    monkeypatch.setattr(pool_module, "NOTE_AFTER_S", 1)
     room = ray.cluster_resources()["CPU"]
     holder = ray.remote(num_cpus=room)(threading.Event).remote()
     ray.get(holder.is_set.remote())

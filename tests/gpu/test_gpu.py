@@ -6,12 +6,15 @@ import pytest
 import torch
 from explainer_helpers import explainer, model, queries, tokenizer
 
+from introspect_ray.config import ChatConfig
 from introspect_ray.explainer.model import Explainer
 from introspect_ray.interventions.clean import clean_runs
 from introspect_ray.interventions.hooked import hooked_logits
 from introspect_ray.interventions.ladder import Ladder
 from introspect_ray.interventions.target import Target
 from introspect_ray.interventions.types import CleanRun, Intervention
+from introspect_ray.models.chat import ask
+from introspect_ray.models.local_chat import LocalChat
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
 
@@ -60,6 +63,20 @@ def test_a_target_on_the_gpu_says_what_it_says_on_the_cpu() -> None:
         rows = [[Intervention((0, 1), (len(ids) // 2,), vectors=vector)] for ids in prompts]
         found.append(torch.cat(target.patched_logits(runs, rows)).cpu())
     assert (found[0] - found[1]).abs().max() < 1e-3
+
+
+def test_a_chat_model_says_what_it_says_on_the_cpu() -> None:
+    text = tokenizer()
+    questions = [ask("cat"), ask("the cat sat on the mat"), ask("so")]
+    said, chosen = [], []
+    for device in ("cpu", "cuda"):
+        config = ChatConfig(max_tokens=6, temperature=0.7)
+        chat = LocalChat(model("llama", len(text), 32).to(device).eval().requires_grad_(False), text, config, seed=0)
+        said.append([one.text for one in chat.complete(questions)])
+        chosen.append([one.probabilities for one in chat.choose(questions, ("yes", "no"))])
+    assert said[0] == said[1]
+    for one, other in zip(*chosen, strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
 
 
 @pytest.fixture

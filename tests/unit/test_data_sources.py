@@ -340,3 +340,31 @@ def test_a_hub_that_cannot_be_reached_is_one_line():
     with pytest.raises(UserError, match=r"^source hf://datasets/a/b/c.parquet cannot be read: .*offline") as caught:
         load("hf://datasets/a/b/c.parquet", "mmlu")
     assert "\n" not in str(caught.value)
+
+
+def test_descriptions_give_one_label_per_latent_with_the_other_candidates_as_accepted(tmp_path):
+    rows = [
+        {"layer": 1, "latent": 4, "text": "cats", "source": "llm:x", "scores": {"simulation": 0.2}},
+        {"layer": 1, "latent": 4, "text": "felines", "source": "lexicon", "scores": {"simulation": 0.9}},
+        {"layer": 1, "latent": 4, "text": "  ", "source": "lexicon", "scores": {"simulation": 1.0}},
+        {"layer": 1, "latent": 5, "text": "dogs", "source": "lexicon", "scores": {"simulation": None}},
+    ]
+    path = tmp_path / "descriptions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def labels(score):
+        source = load_source(SourceConfig(path=str(path), label_score=score), "task", ["latent_labels"])
+        assert source.num_rows == len(source.rows) + len(source.rejected) == 4
+        shown = [(row["index"], row["description"], row["accepted"], row["score"], row["kind"]) for row in source.rows]
+        return shown, source.rejected
+
+    assert labels("simulation") == (
+        [(4, "felines", ["cats"], 0.9, "lexicon"), (5, "dogs", [], None, "lexicon")],
+        [(0, "another_label_of_the_latent_is_used"), (2, "empty_text")],
+    )
+    assert labels(None) == (
+        [(4, "cats", ["felines"], None, "llm:x"), (5, "dogs", [], None, "lexicon")],
+        [(1, "another_label_of_the_latent_is_used"), (2, "empty_text")],
+    )
+    with pytest.raises(UserError, match=r"no row has a score 'detection'"):
+        labels("detection")

@@ -69,7 +69,7 @@ def test_feature_vectors_have_norm_one_and_the_layer_asked_for(trained: Trained)
 def test_export_is_the_trained_function_in_the_units_of_the_data() -> None:
     """Without training: every weight drawn at random, scales far from one."""
     torch.manual_seed(4)
-    model = SkipTranscoder(*known_map(), CONFIG)
+    model = SkipTranscoder.begun(*known_map(), CONFIG)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_()
@@ -83,7 +83,7 @@ def test_export_is_the_trained_function_in_the_units_of_the_data() -> None:
 
 
 def test_exactly_k_times_the_batch_stay() -> None:
-    model = SkipTranscoder(*known_map(), CONFIG)
+    model = SkipTranscoder.begun(*known_map(), CONFIG)
     kept, before = model.latents(torch.randn(10, WIDTH))
     assert int((kept > 0).sum()) == 30
     assert kept[kept > 0].min() >= before[kept == 0].max()

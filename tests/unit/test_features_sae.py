@@ -94,6 +94,44 @@ def test_topk_keeps_the_largest_and_none_below_zero(tmp_path: Path) -> None:
         assert set(found.nonzero().flatten().tolist()) == {j for j in largest if row[j] > 0}
 
 
+def test_gated_fires_by_one_bias_and_counts_by_the_other(tmp_path: Path) -> None:
+    tensors = weights()
+    del tensors["b_enc"]
+    tensors |= {"b_gate": torch.tensor([1.0, -9, 0, 0.5, 2]), "r_mag": torch.tensor([0.0, 0, 0.7, -1, 0.2])}
+    tensors |= {"b_mag": torch.tensor([0.3, 8.0, -0.2, 1.0, 0.0])}
+    sae = load_sae(folder(tmp_path, tensors, architecture="gated", apply_b_dec_to_input=False))
+    for row, found in zip(X, sae.encode(X), strict=True):
+        for latent in range(LATENTS):
+            linear = sum(float(row[i]) * float(tensors["W_enc"][i, latent]) for i in range(WIDTH))
+            size = linear * float(tensors["r_mag"][latent].exp()) + float(tensors["b_mag"][latent])
+            fires = linear + float(tensors["b_gate"][latent]) > 0
+            assert float(found[latent]) == pytest.approx(max(0.0, size) if fires else 0.0, abs=1e-5)
+
+
+def test_abstopk_keeps_the_largest_sizes_with_their_signs(tmp_path: Path) -> None:
+    sae = load_sae(folder(tmp_path, weights(), architecture="abstopk", k=2, apply_b_dec_to_input=False))
+    for row, found in zip(before_activation(weights(), X, subtract=False), sae.encode(X), strict=True):
+        largest = sorted(range(LATENTS), key=lambda j: -abs(row[j]))[:2]
+        assert found.tolist() == pytest.approx([row[j] if j in largest else 0.0 for j in range(LATENTS)], abs=1e-5)
+    assert (sae.encode(X) < 0).any()
+
+
+@pytest.mark.parametrize("kind", ["layer_norm", "constant_norm_rescale"])
+def test_units_are_taken_off_before_and_put_back_after(tmp_path: Path, kind: str) -> None:
+    tensors, x = weights(), torch.tensor([[1.0, -2.0, 4.0], [3.0, 1.0, -4.0]])
+    plain = load_sae(folder(tmp_path, tensors, apply_b_dec_to_input=False))
+    sae = load_sae(folder(tmp_path, tensors, apply_b_dec_to_input=False, normalize_activations=kind))
+    for row in x:
+        if kind == "layer_norm":
+            offset, scale = row.mean(), row.std()
+            given = (row - offset) / (scale + 1e-5)
+        else:
+            offset, scale = torch.tensor(0.0), row.norm() / WIDTH**0.5
+            given = row / scale
+        torch.testing.assert_close(sae.encode(row), plain.encode(given))
+        torch.testing.assert_close(sae.forward(row), plain.forward(given) * scale + offset)
+
+
 def test_skip_transcoder_adds_the_skip_of_its_input(tmp_path: Path) -> None:
     tensors = weights(
         2, W_skip=torch.tensor([[1.0, 2.0, 3.0], [0.0, -1.0, 0.0]]), threshold=torch.full((LATENTS,), 0.2)
@@ -159,7 +197,10 @@ def test_layer_is_the_one_whose_output_is_read(tmp_path: Path, hook: str, layer:
 @pytest.mark.parametrize(
     ("config", "line"),
     [
-        ({"architecture": "gated"}, "architecture 'gated' is not supported: expected one of standard"),
+        ({"architecture": "temporal"}, "architecture 'temporal' is not supported: expected one of standard"),
+        ({"architecture": "gated"}, "has no tensor b_gate, which architecture 'gated' needs"),
+        ({"metadata": 3}, "metadata is 3: expected an object"),
+        ({"reshape_activations": "hook_z"}, "reshape_activations 'hook_z' is not supported"),
         ({"d_sae": "5"}, "d_sae is '5': expected a positive integer"),
         ({"d_sae": 6}, "tensor W_enc has shape (3, 5), but cfg.json says (3, 6)"),
         ({"architecture": "jumprelu"}, "has no tensor threshold, which architecture 'jumprelu' needs"),
@@ -168,8 +209,8 @@ def test_layer_is_the_one_whose_output_is_read(tmp_path: Path, hook: str, layer:
             {"normalize_activations": "expected_average_only_in"},
             "normalize_activations 'expected_average_only_in' is not",
         ),
-        ({"metadata": {}}, "metadata.hook_name '' names no layer that is read"),
-        ({"metadata": {"hook_name": "blocks.1.hook_mlp_out"}}, "'blocks.1.hook_mlp_out' names no layer that is read"),
+        ({"metadata": {}}, "metadata.hook_name '' names no place that is read"),
+        ({"metadata": {"hook_name": "blocks.1.attn.hook_z"}}, "'blocks.1.attn.hook_z' names no place that is read"),
         ({"metadata": {"hook_name": "blocks.0.hook_resid_pre"}}, "'blocks.0.hook_resid_pre' reads the embeddings"),
     ],
 )
@@ -205,6 +246,11 @@ def test_nan_and_foreign_width_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has feature vectors of width 3: the target has width 4"):
         check_sae(path, 4)
     assert check_sae(path, WIDTH).num_latents == LATENTS
+    place = {"hook_name": "blocks.1.mlp.hook_in"}
+    (tmp_path / "transcoder").mkdir()
+    other = folder(tmp_path / "transcoder", weights(4), architecture="transcoder", d_out=4, metadata=place)
+    with pytest.raises(UserError, match="reads vectors of width 3: the target has width 4"):
+        check_sae(other, 4)
     tensors = load_file(tmp_path / "sae_weights.safetensors")
     tensors["b_enc"][2] = torch.nan
     with pytest.raises(UserError, match="tensor b_enc holds NaN or infinity"):

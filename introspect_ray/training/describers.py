@@ -1,0 +1,126 @@
+"""Who describes latents: a chat model that sees exemplars, a trained explainer that gets the decoder row, the lexicon.
+
+Each takes latents, rows of which may hold answers of earlier runs, and gives them back with the answers that were left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from introspect_ray.config import DescribeConfig
+from introspect_ray.data.chat_pool import chat_model
+from introspect_ray.data.cluster import connect
+from introspect_ray.data.latent_rows import Candidate, FailedAnswer, LatentRow, failed_answer
+from introspect_ray.data.pool import check_resources
+from introspect_ray.explainer.query import Query, Vector
+from introspect_ray.features.describing import description_question, parse_description
+from introspect_ray.features.descriptions import Description
+from introspect_ray.features.exemplars import LatentExemplars
+from introspect_ray.features.sae import load_sae
+from introspect_ray.models.chat import ChatModel, Completion, Conversation, Failure
+from introspect_ray.training.answering import AnswerPool
+
+Describe = Callable[[Sequence[LatentRow]], list[LatentRow]]
+NO_WINDOW = "fires_in_no_window"
+NO_LABEL = "not_in_the_lexicon"
+
+
+# --- a chat model -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def chat_describer(config: DescribeConfig, read: Callable[[int], LatentExemplars], spent: float) -> Iterator[Describe]:
+    """Asks the chat model of the config about the exemplars that `read` gives; `spent` is the cost of earlier runs."""
+    with chat_model(config.chat, config.actors, config.seed, spent) as model:
+        yield lambda rows: describe_by_chat(config, model, read, rows)
+
+
+def describe_by_chat(
+    config: DescribeConfig, model: ChatModel, read: Callable[[int], LatentExemplars], rows: Sequence[LatentRow]
+) -> list[LatentRow]:
+    """Every sample of every latent that has no answer yet; equal descriptions of a latent are one candidate."""
+    questions = {row.latent: description_question(read(row.latent), config.prompt) for row in rows}
+    answers: dict[int, dict[int, Completion | Failure]] = {row.latent: {} for row in rows}
+    for sample in range(config.num_candidates):
+        asked: list[tuple[int, Conversation]] = [
+            (row.latent, question)
+            for row in rows
+            if (question := questions[row.latent]) is not None and _is_open(row, sample)
+        ]
+        found = model.complete([question for _, question in asked], sample) if asked else []
+        for (latent, _), answer in zip(asked, found, strict=True):
+            answers[latent][sample] = answer
+    return [
+        _with_answers(row, answers[row.latent])
+        if questions[row.latent] is not None
+        else row.model_copy(update={"failures": (FailedAnswer(sample=0, reason=NO_WINDOW),)})
+        for row in rows
+    ]
+
+
+def _is_open(row: LatentRow, sample: int) -> bool:
+    """Whether a sample has to be asked: all of a new latent, only the failed ones of another."""
+    return not (row.candidates or row.failures) or any(one.sample == sample for one in row.failures)
+
+
+def _with_answers(row: LatentRow, answers: Mapping[int, Completion | Failure]) -> LatentRow:
+    """The row with further answers by sample, the same whenever each of them came."""
+    texts = {one.sample: one.text for one in row.candidates}
+    failures = [one for one in row.failures if one.sample not in answers]
+    for sample, answer in answers.items():
+        said = parse_description(answer) if isinstance(answer, Completion) else answer
+        if isinstance(said, Failure):
+            failures.append(failed_answer(sample, said))
+        else:
+            texts[sample] = said
+    candidates: dict[str, Candidate] = {}
+    for sample, text in sorted(texts.items()):
+        candidates.setdefault(text, Candidate(text=text, sample=sample))
+    return LatentRow(
+        layer=row.layer,
+        latent=row.latent,
+        candidates=tuple(candidates.values()),
+        failures=tuple(sorted(failures, key=lambda one: one.sample)),
+        cost=row.cost + sum(answer.cost for answer in answers.values()),
+    )
+
+
+# --- an explainer -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def explainer_describer(config: DescribeConfig) -> Iterator[Describe]:
+    """Asks the trained explainer about decoder rows, on Ray actors."""
+    coder = load_sae(config.features.sae)
+    before, after = config.features.question.replace("{layer}", str(coder.layer)).split("{vector}")
+    with connect():
+        check_resources(config.actors)
+        pool = AnswerPool(config.explainer, config.actors, config.batch_size, lambda _count: None)
+
+        def describe(rows: Sequence[LatentRow]) -> list[LatentRow]:
+            vectors = [coder.feature_vectors[row.latent].float().numpy() for row in rows]
+            texts = pool.answer("trained", [Query((before, Vector(one, (coder.layer,)), after)) for one in vectors])
+            found = [Completion(text, 0, 0) for text in texts]
+            return [_with_answers(row, {0: answer}) for row, answer in zip(rows, found, strict=True)]
+
+        yield describe
+
+
+# --- the lexicon ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def lexicon_describer(labels: Mapping[tuple[int, int], Sequence[Description]]) -> Iterator[Describe]:
+    """Looks latents up in the labels that ship with a coder."""
+
+    def describe(rows: Sequence[LatentRow]) -> list[LatentRow]:
+        found = []
+        for row in rows:
+            known = labels.get((row.layer, row.latent), ())
+            candidates = tuple(Candidate(text=one.text, scores=dict(one.scores)) for one in known)
+            missing = () if candidates else (FailedAnswer(sample=0, reason=NO_LABEL),)
+            found.append(row.model_copy(update={"candidates": candidates, "failures": missing}))
+        return found
+
+    yield describe

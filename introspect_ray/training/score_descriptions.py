@@ -1,0 +1,321 @@
+"""Scoring descriptions on Ray: actors hold the simulator, shards of latents go through them, files are written once.
+
+    driver  checks (no Ray, no model) -> claim folder -> shards that are not there -> ActorPool
+    actors  ScoreWorker: simulator loaded once; per shard: exemplars read, all candidates scored -> shards/shard-k.json
+    driver  all shards -> descriptions.jsonl, controls.jsonl, best.jsonl, scores.json, report.html
+
+A shard is written whole or not at all, by whoever is asked: a dead actor and a repeated order end in the same file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayError
+from ray.util import ActorPool
+
+from introspect_ray.config import ActorConfig, ScoreDescriptionsConfig, SimulatorConfig, resolved
+from introspect_ray.data.claim import Claim
+from introspect_ray.data.cluster import connect, quiet_stderr
+from introspect_ray.data.description_files import write_descriptions
+from introspect_ray.data.generate import check_resources
+from introspect_ray.data.identity import identify_target
+from introspect_ray.data.storage import Folder
+from introspect_ray.errors import RunFailed, UserError
+from introspect_ray.evaluation.description_scores import (
+    CONTROLS,
+    DescriptionScorer,
+    Scored,
+    SimulationScorer,
+    best_of,
+    control_descriptions,
+    render_scores,
+    summarise,
+    summary_json,
+    summary_table,
+)
+from introspect_ray.evaluation.intervals import Bootstrap
+from introspect_ray.explainer.card import is_remote
+from introspect_ray.features.descriptions import Description, Score, by_latent, description_lines
+from introspect_ray.features.exemplar_store import ExemplarStore, open_exemplars
+from introspect_ray.features.exemplars import LatentExemplars
+from introspect_ray.simulator.base import Simulator
+from introspect_ray.simulator.cache import CachedSimulator
+from introspect_ray.simulator.loading import check_simulator, load_simulator
+from introspect_ray.simulator.scores import METRICS
+from introspect_ray.tasks.base import stable_id
+from introspect_ray.training.simulator_run import absolute, candidates_of, drawn, is_held_out
+
+SCORES_NAME, REPORT_NAME, BEST_NAME, CONTROLS_NAME = "scores.json", "report.html", "best.jsonl", "controls.jsonl"
+FAILED = "failed"
+"""Reason of a score whose computation raised; the log says what."""
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int, str], None]
+"""(descriptions scored, descriptions in all, note)"""
+LoadSimulator = Callable[[SimulatorConfig], Simulator]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The descriptions of some latents, all that an actor is told beside the config."""
+
+    index: int
+    run_key: str
+    descriptions: tuple[Description, ...]
+
+    @property
+    def name(self) -> str:
+        return f"shards/shard-{self.index:05d}.json"
+
+
+@dataclass(frozen=True)
+class ScoresSummary:
+    """What a run wrote."""
+
+    output: str
+    table: str
+    num_failed: int
+
+    @property
+    def text(self) -> str:
+        failed = f"; {self.num_failed} descriptions could not be scored" if self.num_failed else ""
+        return f"{self.table}\n\nwrote {self.output}/{SCORES_NAME} and {self.output}/{REPORT_NAME}{failed}"
+
+
+class ScoreWorker:
+    """Holds the simulator; scores one shard per call and says what went wrong instead of raising it."""
+
+    def __init__(self, config: ScoreDescriptionsConfig, load: LoadSimulator):
+        torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
+        self.config = config
+        self.store = open_exemplars(config.exemplars)
+        # What a batch holds decides about last bits: a memory that outlives a shard would let them depend on history.
+        self.simulator = load(config.simulator.model_copy(update={"cache_tokens": 0}))
+
+    def score(self, shard: Shard) -> tuple[str, str]:
+        """Kind and text of an error, or two empty texts."""
+        try:
+            write_shard(self.config, self.store, self.simulator, shard)
+        except UserError as error:
+            return UserError.__name__, str(error)
+        except Exception as error:
+            logger.exception("%s cannot be written", shard.name)
+            return RunFailed.__name__, f"{shard.name}: {type(error).__name__}: {error}"
+        return "", ""
+
+
+def write_shard(config: ScoreDescriptionsConfig, store: ExemplarStore, simulator: Simulator, shard: Shard) -> None:
+    """Score the descriptions of a shard and write them in one step."""
+    latents = {(one.layer, one.latent) for one in shard.descriptions}
+    held_out = {key: store.read(key[1], config.held_out) for key in latents}
+    train = {key: store.read(key[1], "train") for key in latents}
+    if config.simulator.cache_tokens:
+        simulator = CachedSimulator(simulator, config.simulator.cache_tokens)
+    share = config.first_stage_share if config.first_stage == "tokens" else None
+    scored = score_all(SimulationScorer(simulator, train, share), shard.descriptions, held_out)
+    rows = [
+        {"description": asdict(one.description), "scores": {name: asdict(score) for name, score in one.scores.items()}}
+        for one in scored
+    ]
+    content = {"run_key": shard.run_key, "shard": shard.index, "rows": rows}
+    Folder(config.output).write(shard.name, json.dumps(content, ensure_ascii=False, allow_nan=False).encode())
+
+
+def score_all(
+    scorer: DescriptionScorer,
+    descriptions: Sequence[Description],
+    held_out: Mapping[tuple[int, int], LatentExemplars],
+    names: Sequence[str] = METRICS,
+) -> list[Scored]:
+    """Every description with its scores. One that breaks the scorer has the reason `failed`, the others their scores.
+
+    All at once first, because that fills batches; one by one if that raises.
+    """
+    pairs = [(one.text, held_out[one.layer, one.latent]) for one in descriptions]
+    try:
+        found = list(scorer.score(pairs))
+    except (UserError, RuntimeError, ValueError) as error:
+        if len(pairs) == 1:
+            logger.warning("%s: %s", descriptions[0].text[:80], error)
+            return [Scored(descriptions[0], dict.fromkeys(names, Score(None, FAILED)))]
+        return [row for one in descriptions for row in score_all(scorer, [one], held_out, names)]
+    return [Scored(one, scores) for one, scores in zip(descriptions, found, strict=True)]
+
+
+def read_shard(folder: Folder, shard: Shard) -> list[Scored] | None:
+    """A shard as it lies there; None if it is absent, torn, or of another run."""
+    try:
+        content = json.loads(folder.read(shard.name))
+        if (content["run_key"], content["shard"]) != (shard.run_key, shard.index):
+            return None
+        rows = [
+            Scored(Description(**row["description"]), {name: Score(**score) for name, score in row["scores"].items()})
+            for row in content["rows"]
+        ]
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return None
+    return rows if [row.description for row in rows] == list(shard.descriptions) else None
+
+
+def score_descriptions(
+    config: ScoreDescriptionsConfig, progress: Progress, load: LoadSimulator = load_simulator
+) -> ScoresSummary:
+    """Score what `config` describes, or what is left of it; the same call after any interruption goes on.
+
+    Raises UserError for bad input before Ray starts or a model loads, RunFailed if a shard cannot be written.
+    """
+    config = _absolute(config)
+    check_simulator(config.simulator)
+    store = open_exemplars(config.exemplars)
+    descriptions = _chosen(config, store)
+    everything = [*descriptions, *control_descriptions(descriptions, config.controls, config.seed)]
+    claim = _claim(config, store, everything)
+    claim.check()
+    shards = _shards(everything, config.latents_per_shard, claim.run_key)
+    claim.write()
+    found = {shard.index: rows for shard in shards if (rows := read_shard(claim.folder, shard)) is not None}
+    todo = [shard for shard in shards if shard.index not in found]
+    total = len(everything)
+    progress(sum(map(len, found.values())), total, "")
+    if todo:
+        with connect():
+            check_resources(config.actors)
+            for shard in _on_actors(config, todo, load):
+                rows = read_shard(claim.folder, shard)
+                if rows is None:
+                    raise RunFailed(f"{config.output}/{shard.name} was written and cannot be read back")
+                found[shard.index] = rows
+                progress(sum(map(len, found.values())), total, "")
+    return _finish(config, store, [row for shard in shards for row in found[shard.index]])
+
+
+def _chosen(config: ScoreDescriptionsConfig, store: ExemplarStore) -> list[Description]:
+    """The descriptions to score. Raises UserError if there is none."""
+    groups = candidates_of(config.descriptions, store)
+    if config.only != "all":
+        held_out = config.only == "held_out"
+        groups = {
+            key: kept
+            for key, candidates in groups.items()
+            if (kept := [one for one in candidates if is_held_out(one.text, config.held_out_share) == held_out])
+        }
+    if taken := {one.source for candidates in groups.values() for one in candidates} & set(CONTROLS):
+        raise UserError(f"descriptions have the source {min(taken)!r}, which is the name of a control: rename it")
+    if not groups:
+        raise UserError(f"no description is {config.only} at held_out_share {config.held_out_share:g}")
+    return [one for key in drawn(sorted(groups), config.max_latents, config.seed) for one in groups[key]]
+
+
+def _claim(
+    config: ScoreDescriptionsConfig, store: ExemplarStore, everything: Sequence[Description]
+) -> Claim[ScoreDescriptionsConfig]:
+    model = config.simulator.model
+    digest = stable_id(model.path if is_remote(model.path) else identify_target(model).model_dump())
+    inputs = {
+        "exemplars": store.meta.run_key,
+        "descriptions": stable_id(description_lines(everything)),
+        "simulator": digest,
+    }
+    key = stable_id(_relevant(config), inputs)
+    return Claim(Folder(config.output), "scores", config, key, inputs, _relevant)
+
+
+def _relevant(config: ScoreDescriptionsConfig) -> dict[str, Any]:
+    """What can change the shards."""
+    plain = ScoreDescriptionsConfig()
+    reset: dict[str, Any] = {
+        name: getattr(plain, name) for name in ("bootstrap_samples", "confidence", "best_by", "exemplars", "output")
+    }
+    reset |= {"actors": ActorConfig(), "descriptions": ()}
+    model = config.simulator.model.model_copy(update={"device": "auto", "path": ""})
+    reset["simulator"] = config.simulator.model_copy(update={"model": model, "cache_tokens": 0})
+    return resolved(config.model_copy(update=reset))
+
+
+def _shards(everything: Sequence[Description], latents_per_shard: int, run_key: str) -> list[Shard]:
+    """Latents in order, so that exemplars are read block by block; a latent's candidates and controls together."""
+    groups = list(by_latent(everything).values())
+    parts = [groups[start : start + latents_per_shard] for start in range(0, len(groups), latents_per_shard)]
+    return [
+        Shard(index, run_key, tuple(one for candidates in part for one in candidates))
+        for index, part in enumerate(parts)
+    ]
+
+
+def _on_actors(config: ScoreDescriptionsConfig, shards: Sequence[Shard], load: LoadSimulator) -> Iterator[Shard]:
+    """Every shard when it is done, in order. Raises the first error."""
+    actors = config.actors
+    remote = ray.remote(num_cpus=actors.num_cpus, num_gpus=actors.num_gpus, max_restarts=2, max_task_retries=2)(
+        ScoreWorker
+    )
+    model = config.simulator.model
+    if model.device == "auto" and not actors.num_gpus:
+        placed = config.simulator.model_copy(update={"model": model.model_copy(update={"device": "cpu"})})
+        config = config.model_copy(update={"simulator": placed})
+    size = min(actors.initial_size, len(shards))
+    pool = ActorPool([remote.remote(config, load) for _ in range(size)])
+
+    def ask(actor: Any, shard: Shard) -> Any:
+        return actor.score.remote(shard)
+
+    answers = pool.map(ask, list(shards))
+    try:
+        for shard in shards:
+            with quiet_stderr():
+                kind, said = next(answers)
+            if kind:
+                raise UserError(said) if kind == UserError.__name__ else RunFailed(said)
+            yield shard
+    except RayError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise RunFailed(f"an actor failed: {lines[-1]}; the same command tries again") from error
+
+
+def _finish(config: ScoreDescriptionsConfig, store: ExemplarStore, scored: Sequence[Scored]) -> ScoresSummary:
+    """Write what the shards come to."""
+    folder = Folder(config.output)
+    own = [one for one in scored if one.description.source not in config.controls]
+    controls = [one for one in scored if one.description.source in config.controls]
+    best = best_of(own, config.best_by)
+    options = Bootstrap(samples=config.bootstrap_samples, confidence=config.confidence, seed=config.seed)
+    summary = summarise(scored, best, options)
+    write_descriptions(folder, [one.filled for one in own])
+    folder.write(CONTROLS_NAME, description_lines(one.filled for one in controls).encode())
+    folder.write(BEST_NAME, description_lines(one.filled for one in best).encode())
+    facts = [
+        ("Exemplars", f"{store.meta.coder}, layer {store.meta.layer}"),
+        ("Simulator", config.simulator.model.path),
+        ("Latents", f"{len(best):,}"),
+        ("Descriptions", f"{len(own):,}"),
+        ("Scored on", f"{config.held_out} texts"),
+    ]
+    folder.write(REPORT_NAME, render_scores(summary, facts, config.confidence, config.best_by).encode())
+    folder.write(SCORES_NAME, summary_json(summary).encode())
+    failed = sum(any(score.reason == FAILED for score in one.scores.values()) for one in scored)
+    return ScoresSummary(config.output, summary_table(summary), failed)
+
+
+def _absolute(config: ScoreDescriptionsConfig) -> ScoreDescriptionsConfig:
+    model = config.simulator.model
+    local = config.simulator.model_copy(update={"model": model.model_copy(update={"path": _path(model.path)})})
+    return config.model_copy(
+        update={
+            "simulator": local,
+            "exemplars": absolute(config.exemplars),
+            "descriptions": tuple(map(absolute, config.descriptions)),
+            "output": absolute(config.output),
+        }
+    )
+
+
+def _path(path: str) -> str:
+    """A local folder made absolute; a hub id stays."""
+    return absolute(path) if Path(path).expanduser().is_dir() else path

@@ -1,0 +1,175 @@
+"""A simulator's training run before any model loads: its checks, its identity, and what of it exists. No Ray here.
+
+Output folder:  training.json (first; again with results)  metrics.jsonl  checkpoints/  ...  simulator.json (last)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from introspect_ray.config import LoggingConfig, TrainerConfig, TrainSimulatorConfig, differences, resolved
+from introspect_ray.data.description_files import read_descriptions
+from introspect_ray.data.identity import identify_target
+from introspect_ray.data.splits import unit_interval
+from introspect_ray.data.storage import TEMPORARY, Folder
+from introspect_ray.errors import UserError
+from introspect_ray.features.descriptions import Description, by_latent, description_lines
+from introspect_ray.features.exemplar_store import ExemplarStore, open_exemplars
+from introspect_ray.simulator.examples import LatentKey
+from introspect_ray.simulator.finetuned import SIMULATOR_FILE
+from introspect_ray.tasks.base import stable_id
+from introspect_ray.training.run import CHECKPOINTS_FOLDER, TRAINING_FILE
+
+
+@dataclass(frozen=True)
+class SimulatorRun:
+    """A run that passed every check. Ships to workers as JSON types (`to_json`), paths made absolute."""
+
+    config: TrainSimulatorConfig
+    run_key: str
+    """Equal for equal exemplars, descriptions, starting weights and settings that can change the result."""
+    num_latents: int
+
+    @property
+    def folder(self) -> Folder:
+        return Folder(self.config.output)
+
+    @property
+    def checkpoints(self) -> Folder:
+        return Folder(f"{self.config.output.rstrip('/')}/{CHECKPOINTS_FOLDER}")
+
+    def is_complete(self) -> bool:
+        """Whether the simulator is there; `prepare` has made sure that it is this run's."""
+        return self.folder.size(SIMULATOR_FILE) is not None
+
+    def record(self, results: dict[str, Any]) -> None:
+        """Write training.json: the run's identity, its resolved config, and what came of it so far."""
+        content = {**self.to_json(), "results": results}
+        self.folder.write(TRAINING_FILE, (json.dumps(content, indent=2) + "\n").encode())
+
+    def results(self) -> dict[str, Any]:
+        """What training.json says came of the run: its last line of metrics, or its `failure`."""
+        return json.loads(self.folder.read(TRAINING_FILE))["results"]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"run_key": self.run_key, "config": resolved(self.config), "num_latents": self.num_latents}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> SimulatorRun:
+        config = TrainSimulatorConfig.model_validate(content["config"])
+        return cls(config, content["run_key"], content["num_latents"])
+
+
+def prepare(config: TrainSimulatorConfig) -> SimulatorRun:
+    """Check a run from end to end. Raises UserError; reads descriptions but no weights, and writes nothing."""
+    config = _absolute(config)
+    base = identify_target(config.model)
+    store = open_exemplars(config.exemplars)
+    chosen = chosen_descriptions(config, store)
+    text = description_lines(one for candidates in chosen.values() for one in candidates)
+    key = stable_id(resolved(relevant(config)), base.model_dump(), store.meta.run_key, text)
+    run = SimulatorRun(config, key, len(chosen))
+    _check_output(run)
+    return run
+
+
+def chosen_descriptions(config: TrainSimulatorConfig, store: ExemplarStore) -> dict[LatentKey, list[Description]]:
+    """Candidates of every latent that is trained on, by latent. Raises UserError if there is none."""
+    found = candidates_of(config.descriptions, store)
+    trained = {key: [one for one in candidates if _is_trained_on(one, config)] for key, candidates in found.items()}
+    kept = drawn([key for key, candidates in trained.items() if candidates], config.max_latents, config.seed)
+    if not kept:
+        wanted = f", or lack a {config.label_score} of {config.minimum_score:g}" if config.label_score else ""
+        raise UserError(f"no latent of {config.exemplars} is left to train on: all descriptions are held out{wanted}")
+    return {key: trained[key] for key in kept}
+
+
+def candidates_of(sources: Sequence[str], store: ExemplarStore) -> dict[LatentKey, list[Description]]:
+    """Descriptions of the latents that fire in the exemplars. Raises UserError if there are none."""
+    live = {(stats.layer, stats.latent) for stats in store.latents()}
+    everything = by_latent(one for source in sources for one in read_descriptions(source))
+    found = {key: candidates for key, candidates in everything.items() if key in live}
+    if not found:
+        raise UserError(
+            f"none of the {len(everything)} latents described in {', '.join(sources)} fires in {store.url}"
+            f" (layer {store.meta.layer}): expected descriptions of its latents"
+        )
+    return found
+
+
+def _is_trained_on(description: Description, config: TrainSimulatorConfig) -> bool:
+    if is_held_out(description.text, config.held_out_share):
+        return False
+    if config.label_score is None:
+        return True
+    score = description.scores.get(config.label_score)
+    return score is not None and score >= config.minimum_score
+
+
+def is_held_out(description: str, share: float) -> bool:
+    """Whether a description is kept from training: the same on every machine and for every latent that has it."""
+    return unit_interval(f"simulator\x1f{description}") < share
+
+
+def drawn(keys: Sequence[LatentKey], most: int | None, seed: int) -> list[LatentKey]:
+    """At most `most` latents by a hash, in their order."""
+    if most is None or len(keys) <= most:
+        return list(keys)
+    first = sorted(keys, key=lambda key: unit_interval(f"{seed}\x1f{key[0]}/{key[1]}"))[:most]
+    return sorted(first)
+
+
+def relevant(config: TrainSimulatorConfig) -> TrainSimulatorConfig:
+    """The config with everything that cannot change the result, or is known by its contents, set to its default."""
+    trainer = TrainerConfig(packing=False, compute_dtype=config.trainer.compute_dtype)
+    model = config.model.model_copy(update={"device": "auto"})
+    reset: Mapping[str, Any] = {
+        "output": "",
+        "exemplars": "",
+        "descriptions": (),
+        "trainer": trainer,
+        "logging": LoggingConfig(),
+        "model": model,
+    }
+    return config.model_copy(update=reset)
+
+
+def absolute(path: str) -> str:
+    """A local path made absolute, because workers have a working directory of their own; URLs as they are."""
+    return path if "://" in path or path.startswith("pocket:") else str(Path(path).expanduser().absolute())
+
+
+def _absolute(config: TrainSimulatorConfig) -> TrainSimulatorConfig:
+    model = config.model
+    if Path(model.path).expanduser().is_dir():
+        model = model.model_copy(update={"path": absolute(model.path)})
+    return config.model_copy(
+        update={
+            "model": model,
+            "exemplars": absolute(config.exemplars),
+            "descriptions": tuple(map(absolute, config.descriptions)),
+            "output": absolute(config.output),
+        }
+    )
+
+
+def _check_output(run: SimulatorRun) -> None:
+    """Refuse an output folder that holds something else than this very run, begun or finished."""
+    folder, url = run.folder, run.folder.url
+    names = [name for name in folder.names() if not name.startswith(TEMPORARY)]
+    if not names:
+        return
+    if TRAINING_FILE not in names:
+        raise UserError(f"output folder {url} is not empty and holds no training run ({names[0]}, ...): choose another")
+    try:
+        found = SimulatorRun.from_json(json.loads(folder.read(TRAINING_FILE)))
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"output folder {url} holds no simulator's training run: choose another") from None
+    if found.run_key != run.run_key:
+        what = "; ".join(differences(resolved(relevant(found.config)), resolved(relevant(run.config))))
+        what = what or "exemplars, descriptions or starting model have changed since"
+        raise UserError(f"output folder {url} belongs to another config ({what}): choose another folder or delete it")

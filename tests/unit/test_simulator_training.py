@@ -1,0 +1,266 @@
+"""Training pairs and loss against their definitions; the real loop in this process: resumption, workers, refusals."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from explainer_helpers import model_folder
+from safetensors.torch import load_file
+from tiny_models import tiny_tokenizer
+
+from introspect_ray.config import TrainSimulatorConfig
+from introspect_ray.errors import RunFailed, UserError
+from introspect_ray.features.descriptions import Description, by_latent, description_lines
+from introspect_ray.features.exemplars import Exemplar, LatentExemplars
+from introspect_ray.features.windows import Window, window
+from introspect_ray.simulator.base_rate import natural_weights
+from introspect_ray.simulator.examples import encode_pair, level_loss, soft_levels, training_pairs
+from introspect_ray.simulator.finetuned import FinetunedSimulator
+from introspect_ray.training import simulator_loop, simulator_run
+from introspect_ray.training.checkpoint import CheckpointStore
+from introspect_ray.training.metrics import read_metrics
+from introspect_ray.training.simulator_loop import SimulatorStepper, build, fit, weight_power
+from introspect_ray.training.simulator_run import is_held_out, prepare
+from introspect_ray.training.workers import Workers
+
+ALONE = Workers(0, 1)
+TEXTS = ("the cat sat on the mat", " in Paris the cat", "Paris is the capital of France", " sat on the capital")
+WORDS = ("cat", "Paris", "mat", "capital")
+
+
+def exemplars_of(latent: int, tokenizer) -> LatentExemplars:
+    """A latent that fires on one word of the texts."""
+    made = []
+    for number, text in enumerate(TEXTS):
+        one = window(tokenizer(text, add_special_tokens=False).input_ids, tokenizer)
+        active = np.array([4.0 if piece.strip() == WORDS[latent] else 0.0 for piece in one.pieces])
+        made.append(Exemplar(one, active, "quantile" if active.any() else "random", number if active.any() else None))
+    return LatentExemplars(0, latent, 0.1, 4.0, tuple(made))
+
+
+class Store:
+    """Exemplars in memory, in place of a folder."""
+
+    url = "memory"
+
+    class meta:
+        run_key, layer, coder = "key", 0, "coder"
+
+    def __init__(self, tokenizer):
+        self.found = [exemplars_of(latent, tokenizer) for latent in range(len(WORDS))]
+
+    def latents(self):
+        return self.found
+
+    def read(self, latent, split=None):
+        assert split == "train"
+        return self.found[latent]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Model and descriptions in `tmp_path`; exemplars from memory."""
+    tokenizer = tiny_tokenizer()
+    store = Store(tokenizer)
+    for module in (simulator_run, simulator_loop):
+        monkeypatch.setattr(module, "open_exemplars", lambda _: store)
+    model_folder(tmp_path / "base", "llama")
+    lines = description_lines(
+        Description(0, number, f"the word {word}", "lexicon") for number, word in enumerate(WORDS)
+    )
+    (tmp_path / "descriptions.jsonl").write_text(lines)
+    return tmp_path
+
+
+def config_of(folder, output="out", **optimization) -> TrainSimulatorConfig:
+    return TrainSimulatorConfig.model_validate(
+        {
+            "exemplars": "memory",
+            "descriptions": [str(folder / "descriptions.jsonl")],
+            "output": str(folder / output),
+            "model": {"path": str(folder / "base"), "device": "cpu"},
+            "held_out_share": 0,
+            "optimization": {"steps": 8, "batch_size": 6, "learning_rate": 0.01, **optimization},
+            "trainer": {"checkpoint_every": 2, "log_every": 3, "micro_batch_tokens": 128},
+            "logging": {"tensorboard": False},
+        }
+    )
+
+
+def test_soft_levels_have_the_level_as_their_mean():
+    levels = np.array([0.0, 0.25, 3.0, 9.9, 10.0])
+    targets = soft_levels(levels)
+    assert (targets @ torch.arange(11.0)).tolist() == pytest.approx(levels.tolist(), abs=1e-5)
+    assert targets.sum(1).tolist() == pytest.approx([1.0] * 5)
+    assert (targets > 0).sum(1).tolist() == [1, 2, 1, 2, 1]
+
+
+def test_draws_times_weights_are_the_natural_base_rate():
+    """Whatever share of the draws fires: the weighted share of firing tokens is each latent's density."""
+    tokenizer = tiny_tokenizer()
+    latents = [exemplars_of(latent, tokenizer) for latent in range(3)]
+    descriptions = by_latent([Description(0, 0, "a", "x"), Description(0, 0, "b", "y"), Description(0, 1, "c", "x")])
+    for firing_share in (0.2, 0.7):
+        firing, silent = training_pairs(latents, descriptions, firing_share)
+        assert {pair.description for pair in firing} == {"a", "b", "c"}  # the third latent has none
+        drawn = [(pair, firing_share / len(firing)) for pair in firing]
+        drawn += [(pair, (1 - firing_share) / len(silent)) for pair in silent]
+        assert sum(chance * pair.weight for pair, chance in drawn) == pytest.approx(1.0)
+        for latent, own in ((0, latents[0]), (1, latents[1])):
+            mine = [(pair, chance) for pair, chance in drawn if pair.latent == (0, latent)]
+            assert sum(chance * pair.weight for pair, chance in mine) == pytest.approx(0.5)
+            fires = sum(chance * pair.weight * (pair.exemplar.activations > 0).mean() for pair, chance in mine)
+            weights = natural_weights(own.density, own.exemplars)
+            natural = sum(
+                weight * (one.activations > 0).sum() for weight, one in zip(weights, own.exemplars, strict=True)
+            )
+            assert fires / 0.5 == pytest.approx(natural) == pytest.approx(own.density)
+
+
+def test_loss_is_the_weighted_cross_entropy_where_levels_are_read(folder):
+    simulator = FinetunedSimulator.create(config_of(folder).model)
+    tokenizer = tiny_tokenizer()
+    latents = [exemplars_of(latent, tokenizer) for latent in range(2)]
+    firing, silent = training_pairs(latents, by_latent([Description(0, 0, "cat", "x")]), 0.5)
+    odd = Exemplar(Window((9000, 9001, 9002), ("t", "he", " cat")), np.array([1.0, 0.0, 4.0]), "random")
+    firing = [*firing, type(firing[0])("cat", odd, 4.0, 3.0, (0, 0))]
+    examples = [encode_pair(simulator, pair) for pair in (*firing, *silent)]
+    loss = float(level_loss(simulator, examples))
+    expected = 0.0
+    for example in examples:
+        logits = simulator.model(input_ids=torch.tensor([example.ids])).logits[0, list(example.positions), :11]
+        entropy = -(example.targets * logits.log_softmax(-1)).sum(-1)
+        expected += example.weight * float(entropy.mean())
+    assert loss == pytest.approx(expected, rel=1e-5)
+    last = examples[len(firing) - 1]
+    prefix = len(simulator.encode("cat"))
+    assert last.positions[0] >= prefix and len(last.positions) <= 3
+    assert float(last.targets[-1] @ torch.arange(11.0)) == pytest.approx(10.0)
+
+
+def test_training_learns_which_words_a_description_means(folder):
+    run = prepare(config_of(folder, steps=60, batch_size=8, learning_rate=0.01))
+    run.record({})
+    fit(run, ALONE)
+    losses = [line["loss"] for line in read_metrics(run.folder)]
+    assert losses[-1] < 0.5 * losses[0]
+    simulator = FinetunedSimulator.load(config_of(folder).model.model_copy(update={"path": str(folder / "out")}))
+    exemplar = exemplars_of(1, tiny_tokenizer()).exemplars[1]
+    own, other = simulator.simulate(["the word Paris", "the word cat"], [exemplar.window] * 2)
+    place = int(exemplar.activations.argmax())
+    assert own.argmax() == place and own[place] > 5 > other[place]
+    assert run.is_complete() and fit(run, ALONE) == run.results()
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(folder, monkeypatch):
+    whole = prepare(config_of(folder, "whole"))
+    whole.record({})
+    fit(whole, ALONE)
+    run = prepare(config_of(folder, "killed"))
+    run.record({})
+    real = SimulatorStepper.step
+
+    def dies(self, number, optimizer):
+        if number == 5:
+            raise Killed
+        return real(self, number, optimizer)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SimulatorStepper, "step", dies)
+        with pytest.raises(Killed):
+            fit(run, ALONE)
+    assert CheckpointStore(run.checkpoints, run.run_key, 2).newest(None) in (2, 4)
+    assert not run.is_complete()
+    fit(run, ALONE)
+    one, other = (load_file(folder / place / "model.safetensors") for place in ("whole", "killed"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    lines = [[{**line, "tokens_per_second": 0} for line in read_metrics(of.folder)] for of in (whole, run)]
+    assert lines[0] == lines[1]
+    assert [line["step"] for line in lines[0]] == [3, 6, 8]
+
+
+def test_gradient_is_that_of_the_whole_batch_however_it_is_split(folder):
+    config = config_of(folder)
+    simulator, strata = build(config)
+    simulator.model.eval()
+    examples = SimulatorStepper(simulator, strata, config, ALONE).examples(0)
+    loss = level_loss(simulator, examples) / len(examples)
+    loss.backward()
+    loss = float(loss.detach())
+    parameters = simulator.trainable_parameters()
+    expected = {name: parameter.grad.clone() for name, parameter in parameters.items()}
+    total = dict.fromkeys(expected, 0)
+    found = 0.0
+    for rank in range(2):
+
+        class Half(Workers):
+            def sum_gradients(self, parameters, extra):  # noqa: ARG002
+                return extra
+
+        stepper = SimulatorStepper(simulator, strata, config, Half(rank, 2))
+        stepper.trainable.clip_gradients = lambda _: 0.0
+
+        class Nothing:
+            param_groups = ()
+
+            def step(self):
+                pass
+
+        found += stepper.step(0, Nothing())[0]
+        total = {name: total[name] + parameter.grad for name, parameter in parameters.items()}
+    assert found == pytest.approx(loss, rel=1e-5)
+    for name in expected:
+        torch.testing.assert_close(total[name], expected[name], rtol=1e-4, atol=1e-7)
+
+
+def test_weights_go_from_equal_to_natural(folder):
+    assert [weight_power(step, 10, 0.5) for step in (0, 1, 4, 5, 9)] == [0.0, 0.2, 0.8, 1.0, 1.0]
+    assert weight_power(0, 10, 0.0) == 1.0
+    config = config_of(folder)
+    stepper = SimulatorStepper(*build(config), config, ALONE)
+    natural = {pair.weight for pair in stepper._pairs}
+    assert min(natural) < 0.9
+    assert {example.weight for example in stepper.examples(0)} == {1.0}
+    assert {example.weight for example in stepper.examples(7)} <= natural
+
+
+def test_not_a_number_ends_the_run(folder, monkeypatch):
+    run = prepare(config_of(folder))
+    run.record({})
+    monkeypatch.setattr(simulator_loop, "level_loss", lambda *args: level_loss(*args) * float("nan"))
+    with pytest.raises(RunFailed, match=r"step 1: loss is nan"):
+        fit(run, ALONE)
+
+
+def test_held_out_descriptions_are_not_trained_on(folder):
+    held_out = [word for word in WORDS if is_held_out(f"the word {word}", 0.2)]
+    assert 0 < len(held_out) < len(WORDS)
+    config = config_of(folder).model_copy(update={"held_out_share": 0.2})
+    _, strata = build(config)
+    assert {pair.description for part in strata for pair in part} == {
+        f"the word {word}" for word in WORDS if word not in held_out
+    }
+    assert prepare(config).num_latents == len(WORDS) - len(held_out)
+    with pytest.raises(UserError, match=r"all descriptions are held out"):
+        prepare(config.model_copy(update={"held_out_share": 0.999}))
+    with pytest.raises(UserError, match=r"held out, or lack a label_f1 of 0.5"):
+        prepare(config.model_copy(update={"label_score": "label_f1"}))
+    few = build(config_of(folder).model_copy(update={"max_latents": 2}))[1]
+    assert len({pair.latent for part in few for pair in part}) == 2
+
+
+def test_bad_input_is_refused_before_a_model_loads(folder):
+    run = prepare(config_of(folder))
+    run.record({})
+    with pytest.raises(UserError, match=r"optimization.steps is 8 there, 9 here"):
+        prepare(config_of(folder, steps=9))
+    (folder / "descriptions.jsonl").write_text(json.dumps({"layer": 3, "latent": 0, "text": "a", "source": "x"}) + "\n")
+    with pytest.raises(UserError, match=r"none of the 1 latents described in .* fires in memory \(layer 0\)"):
+        prepare(config_of(folder, "other"))
+    with pytest.raises(ValueError, match=r"trainer.sharding is not for simulators: expected none"):
+        TrainSimulatorConfig.model_validate({"trainer": {"sharding": "fsdp2"}})
