@@ -24,7 +24,7 @@ demo: $(STAMP)
 	$(BIN)/python jobs/quickstart.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest tests/unit tests/cluster tests/gpu
+	$(BIN)/python -m pytest tests/unit tests/k8s tests/cluster tests/gpu
 
 unit: $(STAMP)
 	$(BIN)/python -m pytest tests/unit

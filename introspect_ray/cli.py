@@ -5,20 +5,22 @@
         v
     one validated config tree, printed as YAML  ->  main(config)
 
-Exit status: 0 done, 1 the run failed, 2 the user has something to mend, 130 interrupted. Environment variables are
-never read as configuration.
+Exit status: 0 done, 1 the run failed, 2 the user has something to mend, 130 interrupted (Ctrl-C or SIGTERM).
+Environment variables are never read as configuration.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -28,8 +30,13 @@ from tqdm import tqdm
 from introspect_ray.config import Config, resolved
 from introspect_ray.config_file import bare, hint, problems, read_yaml, yaml_value
 from introspect_ray.errors import RunFailed, UserError
+from introspect_ray.interruption import sigterm_interrupts
 
 C = TypeVar("C", bound=Config)
+SUBMITTED_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Ray sets it for the entry point of a submitted job."""
+LINES_EVERY_S = 10.0
+"""Seconds between lines of progress where no terminal shows a bar."""
 
 
 def run_job(
@@ -58,10 +65,12 @@ def _run(
     switches: Mapping[str, str],
 ) -> int:
     try:
-        config = parse(config_class, description, arguments, positional, switches)
-        sys.stdout.write(as_yaml(config))
-        sys.stdout.flush()
-        main(config)
+        with sigterm_interrupts():
+            config = parse(config_class, description, arguments, positional, switches)
+            sys.stdout.write(as_yaml(config))
+            sys.stdout.flush()
+            _check_output_stays(config)
+            main(config)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -77,27 +86,46 @@ def _run(
     return 0
 
 
+def _check_output_stays(config: Config) -> None:
+    """Refuse to write under the working directory of a submitted job: a copy, on one node, that Ray deletes."""
+    output = getattr(config, "output", None)
+    if SUBMITTED_VARIABLE not in os.environ or not isinstance(output, str) or "://" in output:
+        return
+    if not Path(output).expanduser().is_absolute():
+        raise UserError(
+            f"output is {output!r}, which a submitted job would write into a temporary copy of its working directory:"
+            " expected a URL such as s3://BUCKET/NAME, or the absolute path of a folder that all nodes share"
+        )
+
+
+class _Lines:
+    """A stream for a bar where there is no terminal: every state is a line, so that logs can be read as they grow."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        state = text.strip()
+        if state:
+            self._stream.write(f"{state}\n")
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
 @contextmanager
 def progress_bar(label: str, unit: str) -> Iterator[Callable[[int, int, str], None]]:
     """A bar on stderr with rate and time left, fed by `show(done, total, note)`; it appears with the first call.
 
-    What is done at the first call, by an earlier run, does not count towards the rate.
+    Where stderr is no terminal it is a line every `LINES_EVERY_S` seconds and one at the end. What is done at the
+    first call, by an earlier run, does not count towards the rate.
     """
     bar: tqdm[None] | None = None
 
     def show(done: int, total: int, note: str) -> None:
         nonlocal bar
         if bar is None:
-            every = 0.1 if sys.stderr.isatty() else 10.0
-            bar = tqdm(
-                desc=label,
-                total=total,
-                initial=done,
-                unit=unit,
-                file=sys.stderr,
-                mininterval=every,
-                dynamic_ncols=True,
-            )
+            bar = tqdm(desc=label, total=total, initial=done, unit=unit, **_style(sys.stderr))
         bar.set_postfix_str(note, refresh=False)
         bar.update(done - bar.n)
 
@@ -106,6 +134,13 @@ def progress_bar(label: str, unit: str) -> Iterator[Callable[[int, int, str], No
     finally:
         if bar is not None:
             bar.close()
+
+
+def _style(stream: TextIO) -> dict[str, Any]:
+    if stream.isatty():
+        return {"file": stream, "mininterval": 0.1, "dynamic_ncols": True}
+    text = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+    return {"file": _Lines(stream), "mininterval": LINES_EVERY_S, "miniters": 1, "bar_format": text}
 
 
 def as_yaml(config: Config) -> str:

@@ -6,6 +6,7 @@ what the job writes, so that an output folder can say which config it belongs to
 """
 
 from introspect_ray.config.base import Config, Fraction, differences, resolved
+from introspect_ray.config.cluster import CheckConfig, CheckedJob
 from introspect_ray.config.datasets import ConvertConfig, GenerateConfig, InspectConfig
 from introspect_ray.config.descriptions import (
     ChatConfig,
@@ -82,6 +83,8 @@ __all__ = [
     "BrowseConfig",
     "BuildPocketConfig",
     "ChatConfig",
+    "CheckConfig",
+    "CheckedJob",
     "CoderTrainerConfig",
     "CollectConfig",
     "CollectVectorsConfig",

@@ -116,6 +116,8 @@ class PlanConfig(Config):
     """Share of the GPU's peak arithmetic that matrix products reach."""
     node_gbit_per_s: Annotated[float, Field(gt=0)] = 400
     """Network of one node."""
+    price_per_gpu_hour: Annotated[float, Field(gt=0)] | None = None
+    """What one GPU costs in an hour, in any currency; none leaves the cost out."""
     task: TaskName = "feature_description"
     """Whose lengths are assumed where the datasets are not there yet."""
     num_examples: Annotated[int, Field(ge=1)] | None = None

@@ -13,21 +13,28 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 import ray
 import ray.data  # its loggers exist from here on
 
+from introspect_ray.data.nodes import watched_nodes
 from introspect_ray.errors import RunFailed, UserError
+from introspect_ray.interruption import sigterm_kept
 
 VERBOSE_VARIABLE = "INTROSPECT_RAY_VERBOSE"
 ADDRESS_VARIABLE = "RAY_ADDRESS"
 _PORT_TIMEOUT_S = 10
 _PROBE_TIMEOUT_S = 60
 _PROBE = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False, configure_logging=False); ray.shutdown()"
+
+_telling = threading.Lock()
+_ways_past: list[TextIO] = []
+"""Streams to the real standard error, of the `quiet_stderr` blocks that are entered."""
 
 _QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -67,10 +74,11 @@ def connect() -> Iterator[None]:
         _ensure_token()
         # The dashboard costs two processes; only its absence makes Ray Train warn, in logs that nobody sees here.
         _start(address="local", num_cpus=_machine_cpus(), include_dashboard=is_verbose())
-    try:
+    with ExitStack() as stack:
+        stack.callback(ray.shutdown)
+        if is_elsewhere():
+            stack.enter_context(watched_nodes(tell))
         yield
-    finally:
-        ray.shutdown()
 
 
 def _hush() -> None:
@@ -99,16 +107,35 @@ def quiet_stderr() -> Iterator[TextIO]:
         with Path(os.devnull).open("wb") as nowhere:
             os.dup2(nowhere.fileno(), 2)
         with os.fdopen(os.dup(terminal), "w") as past:
-            yield past
+            with _telling:
+                _ways_past.append(past)
+            try:
+                yield past
+            finally:
+                with _telling:
+                    _ways_past.remove(past)
     finally:
         sys.stderr.flush()
         os.dup2(terminal, 2)
         os.close(terminal)
 
 
+def tell(line: str) -> None:
+    """A line on standard error, from any thread, also where it is quiet just now."""
+    with _telling:
+        stream = _ways_past[-1] if _ways_past else sys.stderr
+        stream.write(f"{line}\n")
+        stream.flush()
+
+
 def _start(**options: Any) -> None:
     try:
-        ray.init(**options, log_to_driver=is_verbose(), logging_level=logging.INFO if is_verbose() else logging.ERROR)
+        with sigterm_kept():
+            ray.init(
+                **options,
+                log_to_driver=is_verbose(),
+                logging_level=logging.INFO if is_verbose() else logging.ERROR,
+            )
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if options["address"] == "local":

@@ -57,7 +57,9 @@ class AnswerPool:
     """`config.initial_size` actors for one explainer; leaves them to Ray to end when it goes out of scope."""
 
     def __init__(self, folder: str, config: ActorConfig, batch_size: int, progress: Callable[[int], None]):
-        remote = ray.remote(num_cpus=config.num_cpus, num_gpus=config.num_gpus, max_restarts=2, max_task_retries=2)(
+        # Restarts bound the tries. A bound on calls would be used up within the seconds in which a lost node is not
+        # known to be lost yet, and every call is refused at once.
+        remote = ray.remote(num_cpus=config.num_cpus, num_gpus=config.num_gpus, max_restarts=2, max_task_retries=-1)(
             Answerer
         )
         device = "cuda" if config.num_gpus else "cpu"

@@ -57,6 +57,9 @@ def table(plan: Plan) -> str:
             f"({pace.tokens_per_step / pace.seconds_per_step:,.0f} tokens/s, bound by {pace.bound}; "
             f"{config.plan.share_of_peak:.0%} of peak assumed, loading and checkpoints not counted)"
         )
+        lines.append(
+            _rent(total / 3600 * trainer.num_workers * trainer.gpus_per_worker, config.plan.price_per_gpu_hour)
+        )
     return "\n".join(lines)
 
 
@@ -74,6 +77,12 @@ def _limit(plan: Plan) -> str:
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     share, whole = plan.config.plan.usable_share, GPUS[plan.config.plan.gpu].memory_gib
     return f"  of {plan.usable_bytes / GIB:.1f} usable ({share:.0%} of {whole}): {verdict}"
+
+
+def _rent(gpu_hours: float, price: float | None) -> str:
+    """GPUs are paid for whether they compute or wait for each other."""
+    line = f"rent: {gpu_hours:.1f} GPU hours"
+    return line if price is None else f"{line}, {gpu_hours * price:,.2f} at {price:g} each"
 
 
 def _duration(seconds: float) -> str:

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from introspect_ray.data import cluster
-from introspect_ray.data.cluster import check_address, quiet_stderr
+from introspect_ray.data.cluster import check_address, quiet_stderr, tell
 from introspect_ray.errors import UserError
 
 
@@ -42,6 +42,14 @@ def test_quiet_stderr_gives_the_terminal_back_after_an_error(capfd):
         raise ZeroDivisionError
     os.write(2, b"voice")
     assert capfd.readouterr().err == "voice"
+
+
+def test_lines_are_told_where_standard_error_is_quiet(capfd):
+    with quiet_stderr():
+        os.write(2, b"noise")
+        tell("news")
+    tell("more")
+    assert capfd.readouterr().err == "news\nmore\n"
 
 
 def test_a_local_cluster_starts_quietly_without_a_writable_home():

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from introspect_ray.cli import parse, progress_bar, run_job
+from introspect_ray.cli import SUBMITTED_VARIABLE, parse, progress_bar, run_job
 from introspect_ray.config import EvaluateConfig, GenerateConfig, InspectConfig, QuickstartConfig, TrainConfig
 from introspect_ray.errors import RunFailed, UserError
 
@@ -196,3 +196,39 @@ def test_a_key_that_stands_alone_wins_over_the_file(tmp_path):
     file = write(tmp_path, "dataset: there\n")
     assert parse(InspectConfig, "A job.", ["--config", file], "dataset").dataset == "there"
     assert parse(InspectConfig, "A job.", ["here", "--config", file], "dataset").dataset == "here"
+
+
+def test_progress_without_a_terminal_is_lines(capsys, monkeypatch):
+    monkeypatch.setattr("introspect_ray.cli.LINES_EVERY_S", 0.0)
+    with progress_bar("generate", "item") as show:
+        show(0, 100, "0 records")
+        show(40, 100, "12 records")
+        show(100, 100, "60 records")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" [")[0] for line in lines] == [
+        "generate:   0% 0/100",
+        "generate:  40% 40/100",
+        "generate: 100% 100/100",
+        "generate: 100% 100/100",
+    ]
+    assert "item/s, 12 records]" in lines[1]
+    assert not any("\r" in line or line != line.strip() for line in lines)
+
+
+@pytest.mark.parametrize("output", ["s3://bucket/facts", "/shared/facts", "~/facts"])
+def test_a_submitted_job_writes_where_it_stays(output, monkeypatch):
+    monkeypatch.setenv(SUBMITTED_VARIABLE, "{}")
+    with pytest.raises(SystemExit) as stopped:
+        run_job(GenerateConfig, lambda _: None, "A job.", ["--output", output])
+    assert stopped.value.code == 0
+
+
+def test_a_submitted_job_may_not_write_into_the_copy_that_it_runs_in(capsys, monkeypatch):
+    with pytest.raises(SystemExit) as stopped:
+        run_job(GenerateConfig, lambda _: None, "A job.", ["--output", "runs/facts"])
+    assert stopped.value.code == 0
+    monkeypatch.setenv(SUBMITTED_VARIABLE, "{}")
+    with pytest.raises(SystemExit) as stopped:
+        run_job(GenerateConfig, lambda _: pytest.fail("it ran"), "A job.", ["--output", "runs/facts"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("error: output is 'runs/facts', which a submitted job would write")

@@ -3,6 +3,7 @@ real steps, and what is refused."""
 
 import itertools
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -204,6 +205,10 @@ def test_70b_fits(gpu, workers, low, high):
     assert plan.memory.weights / GIB == pytest.approx((31.9 + 3.9) / workers + 1.0, rel=0.01)
     shown = table(plan)
     assert f"{workers} x {gpu}" in shown and f"{plan.memory.peak / GIB:.2f}" in shown and "fits" in shown
+    hours = plan.pace.seconds_per_step * plan.pace.steps * workers / 3600
+    assert shown.endswith(f"\nrent: {hours:.1f} GPU hours")
+    priced = replace(plan, config=changed(plan.config, {"plan.price_per_gpu_hour": 2.5}))
+    assert table(priced).endswith(f"\nrent: {hours:.1f} GPU hours, {2.5 * hours:,.2f} at 2.5 each")
 
 
 def test_a_plan_that_does_not_fit_names_a_setting_that_does():

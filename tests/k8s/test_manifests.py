@@ -1,0 +1,276 @@
+"""Every overlay is rendered and checked, and mistakes that are planted are found."""
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import manifests
+import pytest
+import yaml
+from manifests import K8S, REPOSITORY, pods, problems, ray_clusters, render
+from ray.scripts.scripts import cli
+
+import introspect_ray.presets
+from introspect_ray.config import TrainConfig
+
+OVERLAYS = sorted(path.parent.name for path in K8S.glob("overlays/*/kustomization.yaml"))
+
+pytestmark = pytest.mark.skipif(manifests.kustomize() is None, reason="no kubectl with kustomize 4 or newer on PATH")
+
+
+@pytest.fixture(scope="module")
+def rendered():
+    return {name: render(K8S / "overlays" / name) for name in OVERLAYS}
+
+
+def test_there_is_an_overlay_for_each_use():
+    assert {"try-out", "generate-gpu", "train-70b", "train-70b-kueue"} <= set(OVERLAYS)
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_overlays_are_right(rendered, name):
+    assert problems(rendered[name]) == []
+
+
+def test_all_documents_are_in_the_namespace_or_above(rendered):
+    above = {"Namespace", "PriorityClass"}
+    for documents in rendered.values():
+        found = {document["metadata"].get("namespace") for document in documents if document["kind"] not in above}
+        assert found == {"introspect"}
+
+
+def test_base_brings_no_workload():
+    assert not {document["kind"] for document in render(K8S / "base")} & {"RayCluster", "RayJob", "Pod", "Secret"}
+
+
+def test_no_secret_is_in_any_file(rendered):
+    assert all(document["kind"] != "Secret" for documents in rendered.values() for document in documents)
+    assert set(manifests.made_secrets()) == {"introspect-ray-token", "introspect-credentials"}
+
+
+def test_clusters_shrink_to_no_workers_where_they_are_autoscaled(rendered):
+    shared = dict(ray_clusters(rendered["try-out"]))["RayCluster introspect"]
+    generation = dict(ray_clusters(rendered["generate-gpu"]))["RayJob generate-dataset"]
+    for cluster in (shared, generation):
+        assert all(group["minReplicas"] == group["replicas"] == 0 for group in cluster["workerGroupSpecs"])
+        assert cluster["autoscalerOptions"]["idleTimeoutSeconds"] > 0
+    assert [group["labels"]["ray.io/market-type"] for group in generation["workerGroupSpecs"]] == ["on-demand", "spot"]
+
+
+def test_training_has_all_its_gpus_or_none(rendered):
+    for name in ("train-70b", "train-70b-kueue"):
+        job = manifests.of_kind(rendered[name], "RayJob")["train-70b"]
+        (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+        assert group["minReplicas"] == group["replicas"] == group["maxReplicas"]
+        container = group["template"]["spec"]["containers"][0]
+        config = manifests.entry_config(job, rendered[name])
+        assert isinstance(config, introspect_ray.presets.Train70BConfig | TrainConfig)
+        gpus = int(container["resources"]["limits"]["nvidia.com/gpu"])
+        assert config.trainer.num_workers == group["replicas"] * gpus
+        assert config.trainer.cpus_per_worker * gpus <= int(container["resources"]["limits"]["cpu"])
+        assert "://" in config.output, "a retry is a new cluster, which must find what the last one left"
+    queued = manifests.of_kind(rendered["train-70b-kueue"], "RayJob")["train-70b"]
+    assert queued["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] and queued["spec"]["suspend"]
+    assert queued["spec"]["shutdownAfterJobFinishes"] and not queued["spec"]["rayClusterSpec"].get(
+        "enableInTreeAutoscaling"
+    )
+
+
+def test_generation_fits_its_nodes(rendered):
+    documents = rendered["generate-gpu"]
+    job = manifests.of_kind(documents, "RayJob")["generate-dataset"]
+    config = manifests.entry_config(job, documents)
+    groups = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert config.actors.max_size == sum(group["maxReplicas"] for group in groups)
+    for group in groups:
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        assert config.actors.num_gpus == int(limits["nvidia.com/gpu"])
+        assert config.actors.num_cpus <= int(limits["cpu"])
+
+
+def test_hooks_are_commands_that_ray_has(rendered):
+    hooks = [
+        container["lifecycle"]["preStop"]["exec"]["command"]
+        for documents in rendered.values()
+        for _, pod in pods(documents)
+        for container in pod["spec"]["containers"]
+        if "lifecycle" in container
+    ]
+    assert hooks
+    for ray, command, *arguments in hooks:
+        assert ray == "ray"
+        cli.commands[command].make_context(command, arguments)
+
+
+PLANTED = {
+    "a misspelt field": (
+        lambda job: job["spec"].update(shutdownAfterJobFinish=True),
+        "'shutdownAfterJobFinish' was unexpected",
+    ),
+    "a misspelt field of a container": (
+        lambda job: _container(job).update(imagee="x"),
+        "'imagee' was unexpected",
+    ),
+    "a wrong type": (
+        lambda job: job["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"].update({"num-cpus": 0}),
+        "0 is not of type 'string'",
+    ),
+    "a wrong quantity": (lambda job: _container(job)["resources"]["limits"].update(memory="8 GB"), "'8 GB'"),
+    "a missing secret": (
+        lambda job: _container(job)["envFrom"].append({"secretRef": {"name": "hub"}}),
+        "secret hub is not made by k8s/secrets.sh",
+    ),
+    "a missing token": (
+        lambda job: job["spec"]["rayClusterSpec"]["authOptions"].update(secretName="token"),
+        "secret token with the key auth_token is not made",
+    ),
+    "no authentication": (
+        lambda job: job["spec"]["rayClusterSpec"].pop("authOptions"),
+        "authOptions.mode is not token",
+    ),
+    "a secret written down": (
+        lambda job: _container(job)["env"].append({"name": "HF_TOKEN", "value": "hf_0"}),
+        "holds HF_TOKEN itself",
+    ),
+    "a submission mode that is none": (
+        lambda job: job["spec"].update(submissionMode="K8sMode"),
+        "submissionMode is K8sMode",
+    ),
+    "an option that ray start lacks": (
+        lambda job: job["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"].update({"num-cpu": "0"}),
+        "ray start has no --num-cpu",
+    ),
+    "a job that is not there": (lambda job: _entry(job, "/app/jobs/generate.py"), "No such file"),
+    "a flag that the job lacks": (lambda job: _entry(job, "--config", "--confg"), "not known"),
+    "a runtime environment that Ray does not know": (
+        lambda job: job["spec"].update(runtimeEnvYAML="env_var: {A: b}"),
+        "runtimeEnvYAML has env_var",
+    ),
+    "a volume that is not there": (
+        lambda job: _container(job)["volumeMounts"].append({"name": "data", "mountPath": "/data"}),
+        "volume data is not there",
+    ),
+    "a service account that is not there": (
+        lambda job: _pod(job)["spec"].update(serviceAccountName="ray"),
+        "ServiceAccount ray is not there",
+    ),
+    "a pod that may be root": (lambda job: _pod(job)["spec"].pop("securityContext"), "may run as root"),
+    "a head with processors": (
+        lambda job: job["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"].update({"num-cpus": "4"}),
+        "the head has processors for actors",
+    ),
+    "autoscaling turned off": (
+        lambda job: job["spec"]["rayClusterSpec"].pop("enableInTreeAutoscaling"),
+        "autoscaler v2 is not on",
+    ),
+}
+
+
+def _pod(job):
+    return job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]
+
+
+def _container(job):
+    return _pod(job)["spec"]["containers"][0]
+
+
+def _entry(job, *words):
+    old, new = ("/app/jobs/generate_dataset.py", words[0]) if len(words) == 1 else words
+    job["spec"]["entrypoint"] = job["spec"]["entrypoint"].replace(old, new)
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_mistakes_are_found(rendered, name):
+    plant, expected = PLANTED[name]
+    documents = copy.deepcopy(rendered["generate-gpu"])
+    plant(manifests.of_kind(documents, "RayJob")["generate-dataset"])
+    assert any(expected in line for line in problems(documents)), problems(documents)
+
+
+def test_planted_mistakes_in_core_kinds_are_found(rendered):
+    documents = copy.deepcopy(rendered["train-70b"])
+    policy = manifests.of_kind(documents, "NetworkPolicy")["dashboard-in"]
+    policy["spec"]["ingres"] = policy["spec"].pop("ingress")
+    budget = manifests.of_kind(documents, "PodDisruptionBudget")["train-70b"]
+    budget["spec"]["selector"]["matchLabels"]["introspect-ray/workload"] = "train-7b"
+    assert any("'ingres' was unexpected" in line for line in problems(documents))
+    policy["spec"].pop("ingres")
+    assert "PodDisruptionBudget train-70b keeps 2 of 0 pods" in problems(documents)
+
+
+def test_who_reaches_the_dashboard(rendered):
+    """Only the rule that is meant for it names the port or the head alone."""
+    policies = manifests.of_kind(rendered["try-out"], "NetworkPolicy")
+    assert policies["deny-all"]["spec"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    open_to = [
+        name
+        for name, policy in policies.items()
+        for rule in policy["spec"].get("ingress", [])
+        if any(port["port"] == 8265 for port in rule.get("ports", [{"port": 8265}]))
+    ]
+    assert open_to == ["dashboard-in", "inside-ray"]
+    (inside,) = policies["inside-ray"]["spec"]["ingress"]
+    assert inside["from"] == [{"podSelector": policies["inside-ray"]["spec"]["podSelector"]}]
+    assert all("from" in rule for policy in policies.values() for rule in policy["spec"].get("ingress", []))
+
+
+def test_monitoring_looks_at_ports_and_metrics_that_exist(rendered):
+    documents = render(K8S / "monitoring")
+    monitor = manifests.of_kind(documents, "PodMonitor")["introspect-ray"]["spec"]
+    (endpoint,) = monitor["podMetricsEndpoints"]
+    watched = [
+        pod
+        for all_documents in rendered.values()
+        for _, pod in pods(all_documents)
+        if monitor["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    ]
+    assert watched
+    for pod in watched:
+        assert endpoint["port"] in [port["name"] for port in pod["spec"]["containers"][0]["ports"]]
+    (text,) = manifests.of_kind(documents, "ConfigMap")["introspect-dashboard"]["data"].values()
+    board = json.loads(text)
+    used = {
+        metric
+        for panel in board["panels"]
+        for target in panel["targets"]
+        for metric in re.findall(r"\bray_[a-z_0-9]+(?={)", target["expr"])
+    }
+    import ray.dashboard
+
+    modules = Path(ray.dashboard.__file__).parent / "modules"
+    sources = "\n".join(
+        path.read_text() for folder in ("metrics", "reporter") for path in sorted((modules / folder).rglob("*.py"))
+    )
+    assert len(used) > 10
+    unknown = [metric for metric in used if metric not in sources and f'"{metric.removeprefix("ray_")}"' not in sources]
+    assert unknown == []
+
+
+def test_versions_agree_everywhere(rendered):
+    constraints = dict(
+        line.split("==") for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if "==" in line
+    )
+    version = re.search(r'^version = "(.*)"$', (REPOSITORY / "pyproject.toml").read_text(), re.M)[1]
+    tag = f"{version}-ray{constraints['ray']}"
+    images = {
+        container["image"]
+        for documents in rendered.values()
+        for _, pod in pods(documents)
+        for container in pod["spec"]["containers"]
+    }
+    assert images == {f"introspect-ray:{tag}"}
+    assert {spec["rayVersion"] for documents in rendered.values() for _, spec in ray_clusters(documents)} == {
+        constraints["ray"]
+    }
+    dockerfile = (REPOSITORY / "cluster" / "Dockerfile").read_text()
+    assert f"-t introspect-ray:{tag}" in dockerfile
+    assert (
+        "ARG PYTHON=python:3.11-" in dockerfile
+        and 'requires-python = ">=3.11"' in (REPOSITORY / "pyproject.toml").read_text()
+    )
+    for provider in ("aws", "gcp"):
+        content = yaml.safe_load((REPOSITORY / "cluster" / f"{provider}.yaml").read_text())
+        assert content["docker"]["image"].endswith(f"/introspect-ray:{tag}")
+        pinned = re.findall(r"([\w-]+)==(\S+)", " ".join(content["head_setup_commands"]))
+        assert pinned and all(constraints[name] == found for name, found in pinned)

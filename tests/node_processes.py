@@ -1,0 +1,157 @@
+"""A Ray cluster whose nodes are processes of this machine, each with an object store of its own, behind a token.
+
+Nodes are started by cluster/start.sh. Only processes that were started here are ended.
+"""
+
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+REPOSITORY = Path(__file__).parents[1]
+START_LIMIT_S = 240
+"""For a node to join; seconds on an idle machine."""
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+class NodeProcesses:
+    """A head without processors, and workers with one each."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        # Short, because sockets lie in it. Each node has a folder of its own there, as machines have: nodes that shared
+        # one would take away each other's copies of the working directory.
+        self.temporary = Path(tempfile.mkdtemp(prefix="nodes-"))
+        self.token = secrets.token_hex(16)
+        (folder / "auth_token").write_text(self.token)
+        self.dashboard, gcs = free_port(), free_port()
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.agents: dict[str, int] = {}
+        """Port of each node's agent, which answers probes."""
+        plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        self.without_token = plain | {
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), plain["PATH"]]),
+            "HOME": str(folder),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            # A killed node is missed after seconds, not after a quarter of a minute.
+            "RAY_health_check_period_ms": "1000",
+        }
+        self.environment = self.without_token | {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(folder / "auth_token"),
+        }
+        options = [f"--port={gcs}", f"--dashboard-port={self.dashboard}", f"--ray-client-server-port={free_port()}"]
+        try:
+            self._start("head", "head", *options)
+            self.address = re.findall(r"ray start --address='(\S+)'", (folder / "head.log").read_text())[0]
+        except BaseException:
+            self.stop()
+            raise
+
+    def add_worker(self, name: str) -> None:
+        self._start(name, "worker", self.address, "--num-cpus=1")
+
+    def _start(self, name: str, *words: str) -> None:
+        self.agents[name] = free_port()
+        log = self.folder / f"{name}.log"
+        options = [f"--dashboard-agent-listen-port={self.agents[name]}", f"--metrics-export-port={free_port()}"]
+        options += [f"--temp-dir={self.temporary / name}", "--object-store-memory=100000000", "--block"]
+        with log.open("wb") as stream:
+            self.processes[name] = subprocess.Popen(
+                [REPOSITORY / "cluster" / "start.sh", *words, *options],
+                env=self.environment,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+            )
+        deadline = time.monotonic() + START_LIMIT_S
+        while "Ray runtime started" not in log.read_text():
+            assert self.processes[name].poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+
+    def kill(self, name: str) -> None:
+        """End a node as a machine ends: all of it at once, and without a word."""
+        process = self.processes.pop(name)
+        with suppress(psutil.NoSuchProcess):
+            tree = psutil.Process(process.pid)
+            for part in [*tree.children(recursive=True), tree]:
+                with suppress(psutil.NoSuchProcess):
+                    part.kill()
+        process.wait()
+
+    def stop(self) -> None:
+        for name in list(self.processes):
+            self.kill(name)
+        shutil.rmtree(self.temporary, ignore_errors=True)
+
+    def ask(self, path: str, token: bool = True, method: str = "GET") -> Any:
+        """What the dashboard answers; the HTTP status where it refuses."""
+        headers = {"Authorization": f"Bearer {self.token}"} if token else {}
+        request = urllib.request.Request(f"http://127.0.0.1:{self.dashboard}{path}", headers=headers, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=30) as response:
+                return json.loads(response.read())
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    def ray(self, *words: str, token: bool = True) -> subprocess.CompletedProcess[str]:
+        """A command of Ray's job line, e.g. `logs ID`."""
+        command, *others = words
+        return subprocess.run(
+            ["ray", "job", command, f"--address=http://127.0.0.1:{self.dashboard}", *others],
+            env=self.environment if token else self.without_token,
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def submit(self, name: str, *entry: str) -> subprocess.CompletedProcess[str]:
+        """Start a job under that id, with what travels to any other cluster."""
+        done = self.ray(
+            "submit",
+            f"--submission-id={name}",
+            "--runtime-env=cluster/runtime-env.yaml",
+            "--working-dir=.",
+            "--no-wait",
+            "--",
+            *entry,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    def status(self, name: str) -> str:
+        return self.ask(f"/api/jobs/{name}")["status"]
+
+    def stop_job(self, name: str) -> None:
+        """What `ray job stop` asks for, without the seconds that the command takes to start."""
+        assert self.ask(f"/api/jobs/{name}/stop", method="POST") == {"stopped": True}
+
+    def logs(self, name: str) -> str:
+        return self.ask(f"/api/jobs/{name}/logs")["logs"]
+
+    def wait(self, name: str, limit_s: float) -> dict[str, Any]:
+        """The job once it has ended, as the dashboard tells of it, with its `logs`."""
+        deadline = time.monotonic() + limit_s
+        while self.status(name) in ("PENDING", "RUNNING"):
+            assert time.monotonic() < deadline, self.logs(name)
+            time.sleep(0.5)
+        return self.ask(f"/api/jobs/{name}") | {"logs": self.logs(name)}
