@@ -24,10 +24,10 @@ demo: $(STAMP)
 	$(BIN)/python jobs/quickstart.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest tests/unit tests/k8s tests/cluster tests/gpu
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/k8s tests/cluster tests/gpu
 
 unit: $(STAMP)
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

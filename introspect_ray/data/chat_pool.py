@@ -81,7 +81,7 @@ class ChatPool:
     """A `ChatModel` on `actors.initial_size` Ray actors; leaves them to Ray to end when it goes out of scope."""
 
     def __init__(self, config: ChatConfig, actors: ActorConfig, seed: int):
-        remote = ray.remote(num_cpus=actors.num_cpus, num_gpus=actors.num_gpus, max_restarts=2, max_task_retries=2)(
+        remote = ray.remote(num_cpus=actors.num_cpus, num_gpus=actors.num_gpus, max_restarts=2, max_task_retries=-1)(
             ChatWorker
         )
         self._pool = ActorPool([remote.remote(config, seed) for _ in range(actors.initial_size)])

@@ -236,7 +236,7 @@ def _shards(everything: Sequence[Description], latents_per_shard: int, run_key: 
 def _on_actors(config: ScoreDescriptionsConfig, shards: Sequence[Shard], load: LoadSimulator) -> Iterator[Shard]:
     """Every shard when it is done, in order. Raises the first error."""
     actors = config.actors
-    remote = ray.remote(num_cpus=actors.num_cpus, num_gpus=actors.num_gpus, max_restarts=2, max_task_retries=2)(
+    remote = ray.remote(num_cpus=actors.num_cpus, num_gpus=actors.num_gpus, max_restarts=2, max_task_retries=-1)(
         ScoreWorker
     )
     model = config.simulator.model

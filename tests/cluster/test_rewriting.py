@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from broken_simulator import broken_opener
 from job_driver import check_line, run_jobs
 
 from introspect_ray.config import ActorConfig, RewriteConfig, RewriteLineConfig, RewriteSimulatorConfig
 from introspect_ray.data.cluster import connect
 from introspect_ray.errors import RunFailed, UserError
-from introspect_ray.pocket.reader import ExactReader
 from introspect_ray.training.rewriting import rewrite_transformer
-from introspect_ray.training.rewriting_sources import LoadSimulator, open_simulator
 
 pytestmark = pytest.mark.timeout(900)
 
+TESTS = Path(__file__).parents[1]
 EXACT = RewriteSimulatorConfig(name="exact", kind="exact")
 
 
@@ -48,27 +49,8 @@ def config(output: Path, **changes) -> RewriteConfig:
     return RewriteConfig(**(values | changes))
 
 
-class Broken:
-    """The exact reader, which cannot bear one description."""
-
-    def __init__(self, reader: ExactReader, broken: str):
-        self.reader, self.broken = reader, broken
-
-    def simulate(self, descriptions, windows):
-        if self.broken in descriptions:
-            raise ValueError("cannot read this")
-        return self.reader.simulate(descriptions, windows)
-
-
-def broken_opener(broken: str):
-    def opener(config, simulator, progress):
-        opened = open_simulator(config, simulator, progress)
-        return LoadSimulator(lambda: Broken(opened.load(), broken), f"{opened.digest}-broken")
-
-    return opener
-
-
-def test_a_run_its_second_run_and_a_run_with_failures(tmp_path):
+def test_a_run_its_second_run_and_a_run_with_failures(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(TESTS), prepend=os.pathsep)  # of the actors, for the simulator that breaks
     steps: list[tuple[str, int, int, str]] = []
     with connect():
         first = rewrite_transformer(config(tmp_path / "run"), lambda *step: steps.append(step))
