@@ -67,7 +67,7 @@ def vector_schema(width: int) -> pa.Schema:
 
 @dataclass(frozen=True, eq=False)
 class CollectedVector:
-    """One evaluation vector. It has no reference description: it is scored by simulation on its exemplars alone."""
+    """One evaluation vector. It has no reference description; what it responds to are its exemplars."""
 
     vector_id: str
     kind: VectorKind

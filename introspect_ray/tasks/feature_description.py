@@ -2,7 +2,7 @@
 
 Training vectors are decoder rows of an SAE of the target; the answer is the latent's description. Descriptions come
 with the source rows (an outside label, or the pocket lexicon), each with its score and all others that are acceptable.
-Vectors of collect_vectors.py come without any: they only evaluate, and what is said about them is scored by simulation.
+Vectors of collect_vectors.py come without any: they are only asked about.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class FeatureDescription:
         else:
             pieces = [("latent ", False), (str(record["latent"]), True), layer]
         if record["description"] is None:
-            return pieces, {"scored by": "simulation on its exemplars"}
+            return pieces, {"reference": "none"}
         return pieces, {
             "also right": "; ".join(record["accepted"]) or "nothing else",
             "score of the label": "none" if record["label_score"] is None else f"{record['label_score']:.2f}",

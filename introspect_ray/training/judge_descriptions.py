@@ -171,14 +171,17 @@ class _Run:
         """As many windows in which it fires as in which it does not, drawn for the latent; fair draws come first."""
         draw = random.Random(f"windows {self.config.seed} {latent.layer} {latent.latent}")
 
-        def drawn_from(*kinds: str, active: bool) -> list[Exemplar]:
+        def drawn_from(*kinds: str, active: bool, most: int) -> list[Exemplar]:
             chosen: list[Exemplar] = []
             for kind in kinds:
-                there = [one for one in latent.exemplars if one.kind == kind and one.activations.any() == active]
-                chosen += draw.sample(there, min(len(there), self.config.windows - len(chosen)))
+                taken = {one.window for one in chosen}  # a window may be of several kinds
+                of_kind = [one for one in latent.exemplars if one.kind == kind and one.window not in taken]
+                there = [one for one in of_kind if one.activations.any() == active]
+                chosen += draw.sample(there, min(len(there), most - len(chosen)))
             return chosen
 
-        windows = drawn_from("quantile", "top", active=True) + drawn_from("random", "silent", active=False)
+        fires = drawn_from("quantile", "top", active=True, most=self.config.windows)
+        windows = fires + drawn_from("random", "silent", active=False, most=len(fires))
         return LatentExemplars(latent.layer, latent.latent, latent.density, latent.maximum, tuple(windows))
 
 

@@ -31,7 +31,8 @@ class FakeStore:
         assert split == "test"
         fires = [exemplar([f"{n}: the", f" {WORDS[latent]}"], {1: 5.0}, "quantile", n) for n in range(4)]
         silent = [exemplar([f"{n}: it", " rains"], {}, "random") for n in range(6)]
-        return LatentExemplars(1, latent, 0.1, 5.0, (*fires, exemplar(["x", WORDS[latent]], {1: 5.0}), *silent))
+        top = [exemplar(["x", WORDS[latent]], {1: 5.0}), exemplar(["0: the", f" {WORDS[latent]}"], {1: 5.0})]
+        return LatentExemplars(1, latent, 0.1, 5.0, (*top, *fires, *silent))
 
 
 @pytest.fixture
@@ -110,6 +111,11 @@ def test_descriptions_are_scored_beside_controls_and_their_judgements_go_to_delp
     del chat.asked[:]
     run(config(tmp_path))
     assert not chat.asked
+
+
+def test_a_rare_latent_is_judged_on_each_of_its_windows_once_and_on_as_many_others(tmp_path, chat):
+    run(config(tmp_path, windows=10))
+    assert len(chat.asked) == 2 * (5 + 5) * 10, "of its 6 firing exemplars two are one window"
 
 
 def test_what_failed_is_counted_and_asked_again_and_the_end_is_the_same(tmp_path, chat):
