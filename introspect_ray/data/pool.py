@@ -44,6 +44,10 @@ NOTE_AFTER_S = 60
 MAX_LOST_SHARDS = 3
 """Shards that may be lost to dying actors, and to errors, while the others are still completed; then the run fails all
 the same."""
+PIPELINES = 3
+"""Times that a pool is made in one run. Ray Data ends with an error if it takes an actor back that has no place yet."""
+NEVER_RAN = "The actor never ran"
+"""What Ray says of such an actor (2.60); there is no exception of its own for it."""
 
 
 Order = TypeVar("Order", bound=ShardOrder)
@@ -103,6 +107,10 @@ def check_resources(actors: ActorConfig) -> None:
             raise UserError(f"actors.{key} is {wanted:g}, but this machine has {there.get(resource, 0):g} {resource}s")
 
 
+class _NeverRan(Exception):
+    """Ray Data took back an actor that was still waiting for a place, and ended its run with that."""
+
+
 def run_orders(pool: Pool[Order], orders: Sequence[Order]) -> Iterator[tuple[Order, str]]:
     """Every order as it gets done, in any order, and its account. Raises UserError at once, RunFailed if one is lost.
 
@@ -113,17 +121,25 @@ def run_orders(pool: Pool[Order], orders: Sequence[Order]) -> Iterator[tuple[Ord
     """Name of a shard -> what was raised."""
     run_id = uuid.uuid4().hex
     tell = partial(_tell_if_waiting, pool, run_id)
-    # Closed at once: what is left of a pool would keep its processors from the next run in this process.
-    with run_context(), closing(_quietly(_pipeline(pool, orders, run_id).iter_rows(), tell)) as rows:
-        while len(lost) <= MAX_LOST_SHARDS and (row := _next_row(pool, rows, left)) is not None:
-            order = left[row["index"]]
-            if row["error_kind"] == UserError.__name__:
-                raise UserError(row["error"])
-            if row["error_kind"]:
-                lost[order.name] = row["error"]
-            else:
-                del left[order.index]
-                yield order, row["info"]
+    for begun in range(1, PIPELINES + 1):
+        # Closed at once: what is left of a pool would keep its processors from the next run in this process.
+        waiting = [order for order in left.values() if order.name not in lost]
+        with run_context(), closing(_quietly(_pipeline(pool, waiting, run_id).iter_rows(), tell)) as rows:
+            try:
+                while len(lost) <= MAX_LOST_SHARDS and (row := _next_row(pool, rows, left)) is not None:
+                    order = left[row["index"]]
+                    if row["error_kind"] == UserError.__name__:
+                        raise UserError(row["error"])
+                    if row["error_kind"]:
+                        lost[order.name] = row["error"]
+                    else:
+                        del left[order.index]
+                        yield order, row["info"]
+                break
+            except _NeverRan as ended:
+                if begun == PIPELINES:
+                    raise RunFailed(str(ended)) from ended
+                logger.warning("%s; %d shards are left and go on with other actors", ended, len(left))
     if left:
         name, reason = next(iter(lost.items()), (next(iter(left.values())).name, ""))
         reason = reason or last_fault(pool.folder, list(left.values())) or "its processes died"
@@ -137,6 +153,8 @@ def _next_row(pool: Pool[Order], rows: Iterator[dict[str, Any]], left: Mapping[i
     try:
         return next(rows, None)
     except Exception as error:
+        if NEVER_RAN in str(error):
+            raise _NeverRan("an actor was cancelled before it started") from error
         fault = last_fault(pool.folder, list(left.values()))
         raise translated(error, fault) from (error if is_verbose() else None)
 

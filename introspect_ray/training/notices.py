@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 POLL_S = 1.0
 logger = logging.getLogger(__name__)
@@ -33,7 +34,9 @@ class Notices:
 @contextmanager
 def notices() -> Iterator[Any]:
     """An actor with the methods of `Notices`; while the block runs, what is added to it becomes warnings of the log."""
-    actor: Any = ray.remote(num_cpus=0)(Notices).remote()
+    # On the driver's own node: the loss of another one must not take the news of it along.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = ray.remote(num_cpus=0)(Notices).options(scheduling_strategy=here).remote()
     stop = threading.Event()
 
     def show() -> None:
