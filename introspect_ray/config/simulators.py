@@ -36,11 +36,14 @@ class TrainSimulatorConfig(Config):
     """Share of the examples in which the latent fires. They count less in the loss, which in the end is that of the
     natural base rate whatever this is."""
     balanced_share: Fraction = 0.7
-    """Share of the steps over which weights go from equal ones to those of the natural base rate. Where almost every
-    token is silent, what makes a latent fire is learnt late or never; the steps after that learn how rarely it does."""
-    copy_share: Annotated[float, Field(ge=0)] = 1.0
-    """Made-up examples per example, described by words of their own window, on which they fire: for models that do not
-    compare texts by themselves, such as small ones. They fade out while weights become natural; 0 makes none."""
+    """Share of the steps after `copy_first` over which weights go from equal ones to those of the natural base rate.
+    Where almost every token is silent, what makes a latent fire is learnt late or never; the last steps learn how
+    rarely it does."""
+    copy_first: Annotated[float, Field(ge=0, lt=1)] = 0.4
+    """Share of the steps that come first and have made-up examples only, described by words of their own window, on
+    which they fire: for models that do not compare texts by themselves, such as small ones; 0 for those that do."""
+    copy_share: Annotated[float, Field(ge=0)] = 0.25
+    """Made-up examples per example in the steps after that. They fade out while weights become natural."""
     held_out_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the descriptions that are not trained on, so that what is learnt of them can be told from what is known
     of others; which ones is a hash of their text."""
@@ -50,7 +53,7 @@ class TrainSimulatorConfig(Config):
     minimum_score: float = 0.5
     max_latents: Annotated[int, Field(ge=1)] | None = None
     """Train on at most so many latents, drawn by a hash; workers hold the windows of all of them in memory."""
-    optimization: OptimizationConfig = OptimizationConfig()
+    optimization: OptimizationConfig = OptimizationConfig(steps=2500, batch_size=16, warmup_share=0.05)
     trainer: TrainerConfig = TrainerConfig(packing=False)
     logging: LoggingConfig = LoggingConfig()
     seed: int = 0

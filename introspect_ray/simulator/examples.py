@@ -31,6 +31,9 @@ from introspect_ray.simulator.reading import levels_at_positions
 LatentKey = tuple[int, int]
 """Layer and number of a latent."""
 
+MOST_COPIED = 4
+"""Words of a made-up description, at most: those of latents seldom name more."""
+
 
 @dataclass(frozen=True, eq=False)
 class Pair:
@@ -80,14 +83,14 @@ def _reweighted(pair: Pair, factor: float) -> Pair:
 def copied(pair: Pair, draw: random.Random) -> Pair:
     """A made-up latent that fires on some words of the pair's window, and is described by those words.
 
-    Half of the words at most, in any order: text that says where it is itself found, in every window and for every
-    word. It teaches to compare a description with the tokens of a window, with far more tokens that fire than latents
-    have; what descriptions mean beyond their words is left to the latents.
+    A few words, in any order: text that says where it is itself found, in every window and for every word. It teaches
+    to compare a description with the tokens of a window, with far more tokens that fire than latents have; what
+    descriptions mean beyond their words is left to the latents.
     """
     window = pair.exemplar.window
     pieces = [piece.strip() for piece in window.pieces]
     words = sorted({piece for piece in pieces if piece})
-    chosen = draw.sample(words, draw.randint(1, max(1, len(words) // 2))) if words else []
+    chosen = draw.sample(words, draw.randint(1, max(1, min(MOST_COPIED, len(words) // 2)))) if words else []
     levels = np.array([float(piece in chosen) if piece else 0.0 for piece in pieces])
     text = f"the word{'s' * (len(chosen) > 1)} {' '.join(chosen)}"
     return Pair(text, Exemplar(window, levels, "random"), 1.0, 1.0, pair.latent)

@@ -172,16 +172,18 @@ class SimulatorStepper:
 
     def examples(self, number: int) -> list[LevelExample]:
         """All workers' examples of a step."""
-        config = self.config
-        chosen = step_indices(number, config.optimization.batch_size, self._sizes, config.seed, weights=self._weights)
-        power = weight_power(number, config.optimization.steps, config.balanced_share)
+        config, size, steps = self.config, self.config.optimization.batch_size, self.config.optimization.steps
+        first = round(config.copy_first * steps)
+        if number < first:
+            return self._copies(number, size, 1.0)
+        chosen = step_indices(number - first, size, self._sizes, config.seed, weights=self._weights)
+        power = weight_power(number - first, steps - first, config.balanced_share)
         examples = [encode_pair(self.simulator, self._pairs[index]) for index in chosen]
-        copies = self._copies(number, 1 - power)
+        copies = self._copies(number, round(config.copy_share * size), 1 - power) if power < 1 else []
         return [*(replace(example, weight=example.weight**power) for example in examples), *copies]
 
-    def _copies(self, number: int, weight: float) -> list[LevelExample]:
+    def _copies(self, number: int, count: int, weight: float) -> list[LevelExample]:
         """Made-up examples of one step, see `copied`."""
-        count = round(self.config.copy_share * self.config.optimization.batch_size) if weight > 0 else 0
         draw = random.Random(f"copies {self.config.seed} {number}")
         pairs = [copied(self._pairs[draw.randrange(len(self._pairs))], draw) for _ in range(count)]
         return [replace(encode_pair(self.simulator, pair), weight=weight) for pair in pairs]

@@ -82,6 +82,7 @@ def config_of(folder, output="out", **optimization) -> TrainSimulatorConfig:
             "output": str(folder / output),
             "model": {"path": str(folder / "base"), "device": "cpu"},
             "held_out_share": 0,
+            "copy_first": 0,
             "copy_share": 0,
             "optimization": {"steps": 8, "batch_size": 6, "learning_rate": 0.01, **optimization},
             "trainer": {"checkpoint_every": 2, "log_every": 3, "micro_batch_tokens": 128},
@@ -227,7 +228,7 @@ def test_copies_say_where_their_words_are(folder):
         words = made.description.split()[2:]
         assert made.description.startswith("the words " if len(words) > 1 else "the word ")
         pieces = [piece.strip() for piece in pair.exemplar.window.pieces]
-        assert 1 <= len(words) <= max(1, len(set(pieces)) // 2)
+        assert 1 <= len(words) <= max(1, min(4, len(set(pieces)) // 2))
         assert made.exemplar.activations.tolist() == [float(piece in words) for piece in pieces]
     config = config_of(folder).model_copy(update={"copy_share": 0.5})
     stepper = SimulatorStepper(*build(config), config, ALONE)
@@ -237,6 +238,16 @@ def test_copies_say_where_their_words_are(folder):
     assert [example.weight for example in steps[1][6:]] == [pytest.approx(1 - power)] * 3
     again = SimulatorStepper(*build(config), config, ALONE).examples(3)
     assert [example.ids for example in again] == [example.ids for example in steps[1]]
+
+
+def test_copies_come_first(folder):
+    config = config_of(folder).model_copy(update={"copy_first": 0.25})
+    stepper, plain = (SimulatorStepper(*build(one), one, ALONE) for one in (config, config_of(folder)))
+    assert [{example.weight for example in stepper.examples(number)} for number in (0, 1)] == [{1.0}] * 2
+    assert [len(stepper.examples(number)) for number in (0, 1, 2)] == [6, 6, 6]
+    # Then latents, from their first draw, their weights equal.
+    assert [example.ids for example in stepper.examples(2)] == [example.ids for example in plain.examples(0)]
+    assert {example.weight for example in stepper.examples(2)} == {1.0}
 
 
 def test_weights_go_from_equal_to_natural(folder):
