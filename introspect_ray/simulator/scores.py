@@ -23,11 +23,12 @@ from introspect_ray.simulator.calibration import LinearCalibration
 
 PAPER_EXEMPLARS = 20
 """P1 scores the 20 top exemplars of its training text."""
-NEVER_FIRES, CONSTANT, NO_WINDOWS, NOTHING_PREDICTED = (
+NEVER_FIRES, CONSTANT, NO_WINDOWS, NOTHING_PREDICTED, NOT_FINITE = (
     "never_fires",
     "constant_prediction",
     "no_windows",
     "nothing_predicted",
+    "not_finite",
 )
 METRICS = ("correlation", "paper_compat", "specificity", "precision", "recall", "f1")
 
@@ -65,7 +66,12 @@ def simulation_scores(
     held_out: Sequence[Exemplar],
     held_out_levels: Sequence[Float[np.ndarray, " T"]],
 ) -> dict[str, Score]:
-    """All `METRICS` of one description, given the levels that were simulated for it. `density`: of the latent."""
+    """All `METRICS` of one description, given the levels that were simulated for it. `density`: of the latent.
+
+    A level that is NaN or infinite leaves none of them defined: nobody knows what the simulator meant there.
+    """
+    if not all(np.isfinite(levels).all() for levels in (*train_levels, *held_out_levels)):
+        return dict.fromkeys(METRICS, Score(None, NOT_FINITE))
     at_base_rate = tokens_of(train, train_levels, natural_weights(density, train))
     scored = tokens_of(held_out, held_out_levels, natural_weights(density, held_out))
     top = [index for index, exemplar in enumerate(train) if exemplar.kind == "top"][:PAPER_EXEMPLARS]
@@ -116,7 +122,7 @@ def detection(train: Tokens, held_out: Tokens) -> dict[str, Score]:
     names = ("specificity", "precision", "recall", "f1")
     if not train.weights.any() or not held_out.weights.any():
         return dict.fromkeys(names, Score(None, NO_WINDOWS))
-    if not (held_out.true[held_out.weights > 0] > 0).any() or not (train.true[train.weights > 0] > 0).any():
+    if not (train.true[train.weights > 0] > 0).any():
         return dict.fromkeys(names, Score(None, NEVER_FIRES))
     if np.ptp(train.predicted[train.weights > 0]) == 0:
         return dict.fromkeys(names, Score(None, CONSTANT))
@@ -124,16 +130,24 @@ def detection(train: Tokens, held_out: Tokens) -> dict[str, Score]:
 
 
 def detection_at(threshold: float, tokens: Tokens) -> dict[str, Score]:
-    """The four scores where a level above `threshold` means that the latent fires."""
+    """The four scores where a level above `threshold` means that the latent fires.
+
+    One whose denominator is zero has a reason. A latent that never fires here still has a specificity, and every token
+    that is claimed is a false alarm: rare latents are the ones that false alarms hurt (P2).
+    """
     claimed, fires, weights = tokens.predicted > threshold, tokens.true > 0, tokens.weights
     hits, alarms = float(weights @ (claimed & fires)), float(weights @ (claimed & ~fires))
     misses, silent = float(weights @ (~claimed & fires)), float(weights @ (~claimed & ~fires))
     return {
-        "specificity": Score(silent / (silent + alarms)) if silent + alarms > 0 else Score(None, "never_silent"),
-        "precision": Score(hits / (hits + alarms)) if hits + alarms > 0 else Score(None, NOTHING_PREDICTED),
-        "recall": Score(hits / (hits + misses)),
-        "f1": Score(2 * hits / (2 * hits + alarms + misses)),
+        "specificity": _share(silent, silent + alarms, "never_silent"),
+        "precision": _share(hits, hits + alarms, NOTHING_PREDICTED),
+        "recall": _share(hits, hits + misses, NEVER_FIRES),
+        "f1": _share(2 * hits, 2 * hits + alarms + misses, NEVER_FIRES),
     }
+
+
+def _share(part: float, whole: float, reason: str) -> Score:
+    return Score(part / whole) if whole > 0 else Score(None, reason)
 
 
 def best_threshold(tokens: Tokens) -> float:

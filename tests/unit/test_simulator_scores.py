@@ -10,6 +10,7 @@ from introspect_ray.simulator.scores import (
     METRICS,
     NEVER_FIRES,
     NO_WINDOWS,
+    NOT_FINITE,
     NOTHING_PREDICTED,
     Tokens,
     best_threshold,
@@ -100,6 +101,26 @@ def test_scores_are_of_held_out_text_at_the_natural_base_rate():
     right = [10 * one.activations / 9 for one in windows]
     exact = simulation_scores(0.001, [*top, *windows], [one.activations for one in [*top, *windows]], windows, right)
     assert [exact[name].value for name in METRICS] == pytest.approx([1.0] * len(METRICS))
+
+
+def test_false_alarms_of_a_latent_that_is_silent_in_held_out_text_count():
+    train = [exemplar([0, 4, 0, 0], "quantile", 7), *(exemplar([0, 0, 0, 0], "random", n) for n in range(2))]
+    held_out = [exemplar([0, 0, 0, 0], "random", n + 20) for n in range(3)]
+    levels, alarms = [np.array([0.0, 9, 0, 0]), *[np.zeros(4)] * 2], [np.array([0.0, 0, 0, 9])] * 3
+    found = simulation_scores(0.01, train, levels, held_out, alarms)
+    assert (found["specificity"].value, found["precision"].value, found["f1"].value) == (0.75, 0, 0)
+    assert found["recall"].reason == found["correlation"].reason == NEVER_FIRES
+    quiet = simulation_scores(0.01, train, levels, held_out, [np.zeros(4)] * 3)
+    assert quiet["specificity"].value == 1
+    assert (quiet["precision"].reason, quiet["f1"].reason) == (NOTHING_PREDICTED, NEVER_FIRES)
+
+
+def test_a_level_that_is_no_number_leaves_nothing_defined():
+    windows = [exemplar([0, 4], "quantile", 7), exemplar([0, 0], "random", 9)]
+    levels, broken = [np.array([0.0, 9]), np.zeros(2)], [np.array([0.0, np.nan]), np.zeros(2)]
+    for train, held_out in ((broken, levels), (levels, broken)):
+        found = simulation_scores(0.01, windows, train, windows, held_out)
+        assert {found[name].reason for name in METRICS} == {NOT_FINITE}
 
 
 def test_what_is_undefined_has_a_reason_and_is_no_zero():
