@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Two processes; a file's tests stay together.
+TWICE := -n 2 --dist loadfile
 
 .PHONY: help demo test unit lint types install clean
 
@@ -24,10 +26,12 @@ demo: $(STAMP)
 	$(BIN)/python jobs/quickstart.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/k8s tests/cluster tests/gpu
+	$(BIN)/python -m pytest $(TWICE) tests/unit
+	$(BIN)/python -m pytest $(TWICE) -m "not slow and not alone" tests/k8s tests/cluster tests/gpu
+	$(BIN)/python -m pytest -m alone tests/cluster
 
 unit: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
+	$(BIN)/python -m pytest $(TWICE) tests/unit
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -32,7 +32,7 @@ HEAD_TYPE = "ray.head.default"
 """The provider knows its head by this name alone."""
 START_LIMIT_S, END_LIMIT_S = 180, 180
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.alone]
 
 
 def free_port():

@@ -39,7 +39,7 @@ POCKET = {
     },
 }
 
-pytestmark = pytest.mark.timeout(1500)
+pytestmark = [pytest.mark.timeout(1500), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,6 @@ def test_evaluation_goes_on_when_a_node_is_lost(cluster, folder):
     assert (folder / "evaluation" / "report.html").exists()
 
 
-@pytest.mark.slow
 def test_the_quickstart_runs_undisturbed_on_two_nodes(cluster, folder):
     content = {**POCKET["quickstart"], "output": str(folder / "quickstart")}
     cluster.submit("quickstart", *entry_point("quickstart", folder, content))

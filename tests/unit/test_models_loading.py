@@ -120,7 +120,9 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path):
 def test_four_bit_weights_compute_nearly_the_same(tmp_path):
     # bitsandbytes packs weights in blocks of 64 and needs whole ones in every row on a CPU.
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
-    whole = randomized(LlamaForCausalLM(LlamaConfig(**shape, vocab_size=97, max_position_embeddings=64)))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        whole = randomized(LlamaForCausalLM(LlamaConfig(**shape, vocab_size=97, max_position_embeddings=64)))
     whole.save_pretrained(tmp_path)
     model = load_model(ModelConfig(path=str(tmp_path), device="cpu", quantization="nf4"))
     assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
