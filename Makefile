@@ -28,7 +28,8 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest $(TWICE) tests/unit
 	$(BIN)/python -m pytest $(TWICE) -m "not slow and not alone" tests/k8s tests/cluster tests/gpu
-	$(BIN)/python -m pytest -m alone tests/cluster
+	$(BIN)/python -m pytest -m alone tests/cluster/test_autoscaling.py
+	$(BIN)/python -m pytest -m alone tests/cluster/test_training.py
 
 unit: $(STAMP)
 	$(BIN)/python -m pytest $(TWICE) tests/unit
