@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import fsspec
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -20,6 +20,8 @@ from introspect_ray.explainer.projections import ProjectionKind
 FORMAT_VERSION = 1
 CARD_FILE = "explainer.json"
 PROJECTIONS_FILE = "projections.safetensors"
+
+Card = TypeVar("Card", bound=BaseModel)
 
 
 class _Card(BaseModel):
@@ -53,10 +55,7 @@ class ExplainerCard(_Card):
 
 def write_card(folder: Path, card: ExplainerCard) -> None:
     """Write `explainer.json` in one step: it is there as a whole or not at all."""
-    content = {"format_version": FORMAT_VERSION, **card.model_dump(mode="json")}
-    temporary = folder / f".{CARD_FILE}.tmp"
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(folder / CARD_FILE)
+    write_versioned(folder / CARD_FILE, FORMAT_VERSION, card)
 
 
 def read_card(folder: str) -> ExplainerCard:
@@ -65,19 +64,36 @@ def read_card(folder: str) -> ExplainerCard:
     Raises:
         UserError: the folder has no card, or the card is not one that this version understands.
     """
-    file = f"{folder.rstrip('/')}/{CARD_FILE}"
+    return read_versioned(folder, CARD_FILE, FORMAT_VERSION, ExplainerCard, "a finished explainer")
+
+
+def write_versioned(file: Path, version: int, card: BaseModel) -> None:
+    """Write a card with the version of its format, in one step."""
+    content = {"format_version": version, **card.model_dump(mode="json")}
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(file)
+
+
+def read_versioned(folder: str, name: str, version: int, kind: type[Card], what: str) -> Card:
+    """The card `name` of a folder (path or fsspec URL) that must be `what`.
+
+    Raises:
+        UserError: there is none, or none of this version.
+    """
+    file = f"{folder.rstrip('/')}/{name}"
     try:
         with fsspec.open(file, "rt", encoding="utf-8") as stream:
             content: dict[str, Any] = json.load(stream)
-        version = content.pop("format_version", None)
+        found = content.pop("format_version", None)
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder} is not a finished explainer: it has no {CARD_FILE}") from None
+        raise UserError(f"{folder} is not {what}: it has no {name}") from None
     except (ValueError, AttributeError) as error:
         raise UserError(f"{file} is not valid JSON with an object inside: {error}") from None
-    if version != FORMAT_VERSION:
-        raise UserError(f"{file}: format_version is {version!r}, expected {FORMAT_VERSION}")
+    if found != version:
+        raise UserError(f"{file}: format_version is {found!r}, expected {version}")
     try:
-        return ExplainerCard.model_validate(content)
+        return kind.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{file}: field {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
@@ -100,8 +116,8 @@ def local_copy(folder: str) -> Iterator[Path]:
 
 
 @contextmanager
-def local_target(folder: str) -> Iterator[Path]:
-    """A local folder to write into, uploaded to `folder` at the end if that is remote, the card last."""
+def local_target(folder: str, last: str = CARD_FILE) -> Iterator[Path]:
+    """A local folder to write into, uploaded to `folder` at the end if that is remote; file `last` after all others."""
     if not is_remote(folder):
         path = Path(folder.removeprefix("file://"))
         path.mkdir(parents=True, exist_ok=True)
@@ -110,7 +126,7 @@ def local_target(folder: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as temporary:
         yield Path(temporary)
         filesystem, remote = fsspec.core.url_to_fs(folder)
-        for file in sorted(Path(temporary).rglob("*"), key=lambda file: file.name == CARD_FILE):
+        for file in sorted(Path(temporary).rglob("*"), key=lambda file: file.name == last):
             if file.is_file():
                 filesystem.makedirs(remote, exist_ok=True)
                 filesystem.put_file(str(file), f"{remote.rstrip('/')}/{file.relative_to(temporary).as_posix()}")

@@ -9,21 +9,19 @@ another prefix, the first 11 tokens of the vocabulary as levels, and special tok
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import fsspec
 import numpy as np
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from introspect_ray.config import ModelConfig
 from introspect_ray.errors import UserError
-from introspect_ray.explainer.card import local_copy, local_target
+from introspect_ray.explainer.card import local_copy, local_target, read_versioned, write_versioned
 from introspect_ray.features.windows import Window
 from introspect_ray.models.loading import load_model, load_tokenizer, no_progress_bar
 from introspect_ray.models.tokens import adds_bos, encode_text
@@ -112,7 +110,7 @@ class FinetunedSimulator:
 
     def save(self, folder: str) -> None:
         """Weights, tokenizer and, last, the card."""
-        with local_target(folder) as path, no_progress_bar():
+        with local_target(folder, last=SIMULATOR_FILE) as path, no_progress_bar():
             (path / SIMULATOR_FILE).unlink(missing_ok=True)
             self.model.save_pretrained(path)
             self.tokenizer.save_pretrained(path)
@@ -155,30 +153,13 @@ class FinetunedSimulator:
 
 def write_simulator_card(folder: Path, card: SimulatorCard) -> None:
     """Write `simulator.json` in one step."""
-    content = {"format_version": FORMAT_VERSION, **card.model_dump(mode="json")}
-    temporary = folder / f".{SIMULATOR_FILE}.tmp"
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(folder / SIMULATOR_FILE)
+    write_versioned(folder / SIMULATOR_FILE, FORMAT_VERSION, card)
 
 
 def read_simulator_card(folder: str) -> SimulatorCard:
     """The card of a simulator's folder (path or fsspec URL). Raises UserError if there is none that can be read."""
-    file = f"{folder.rstrip('/')}/{SIMULATOR_FILE}"
-    try:
-        with fsspec.open(file, "rt", encoding="utf-8") as stream:
-            content = json.load(stream)
-        version = content.pop("format_version", None)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder} is not a finished simulator: it has no {SIMULATOR_FILE}") from None
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{file} is not valid JSON with an object inside: {error}") from None
-    if version != FORMAT_VERSION:
-        raise UserError(f"{file}: format_version is {version!r}, expected {FORMAT_VERSION}")
-    try:
-        card = SimulatorCard.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{file}: field {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    card = read_versioned(folder, SIMULATOR_FILE, FORMAT_VERSION, SimulatorCard, "a finished simulator")
     if len(card.level_ids) != NUM_LEVELS or card.prefix.count("{description}") != 1:
+        file = f"{folder.rstrip('/')}/{SIMULATOR_FILE}"
         raise UserError(f"{file}: expected {NUM_LEVELS} level_ids and a prefix with {{description}}")
     return card

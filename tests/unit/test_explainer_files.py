@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 from explainer_helpers import explainer, model_folder, queries, vector
+from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.torch import load_file
 
 from introspect_ray.config import ExplainerConfig, LoraConfig, ModelConfig
 from introspect_ray.errors import UserError
-from introspect_ray.explainer.card import TargetInfo
+from introspect_ray.explainer.card import TargetInfo, local_target
 from introspect_ray.explainer.model import Explainer
 from introspect_ray.explainer.projections import Projections, resolve_kind
 from introspect_ray.explainer.query import Query
@@ -142,3 +143,18 @@ def test_query_changes_reach_the_encoding(tmp_path):
     (kept,), (removed,) = made.encode([query], None), made.encode([query.map_vectors(lambda _: None)], None)
     assert len(kept.ids) - len(removed.ids) == 3
     assert removed.vector_positions == []
+
+
+@pytest.mark.parametrize("card", ["explainer.json", "simulator.json"])
+def test_a_card_is_uploaded_after_all_that_it_vouches_for(monkeypatch, card):
+    sent, real = [], MemoryFileSystem.put_file
+
+    def put_file(self, local, remote, **options):
+        sent.append(remote.rpartition("/")[2])
+        return real(self, local, remote, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "put_file", put_file)
+    with local_target(f"memory://cards/{card}", last=card) as folder:
+        for name in ("a.json", card, "tokenizer.json", "weights.safetensors"):
+            (folder / name).write_text("{}")
+    assert sorted(sent[:-1]) == ["a.json", "tokenizer.json", "weights.safetensors"] and sent[-1] == card
