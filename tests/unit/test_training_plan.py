@@ -1,6 +1,7 @@
 """Plans against truth: parameters of real models, bytes that the allocator gave out and arithmetic that was done in
 real steps, and what is refused."""
 
+import gc
 import itertools
 import runpy
 from dataclasses import replace
@@ -89,6 +90,7 @@ def real_bytes(config):
     tensors = [getattr(one, "_local_tensor", one) for one in stepper.explainer.parameters()]
     tensors += [one.grad for one in own]
     tensors += [value for state in optimizer.state.values() for value in state.values()]
+    gc.collect()  # what earlier tests left would be given back in the step, and counted against it
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         stepper.step(1, optimizer)
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
