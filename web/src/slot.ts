@@ -1,0 +1,40 @@
+// One piece of the page that is loaded: what it shows now, and the request that fills it. A newer one replaces an older.
+import { signal } from "@preact/signals";
+
+export type Loaded<T> = { at: "empty" } | { at: "loading" } | { at: "failed"; message: string } | { at: "done"; value: T };
+
+export class Slot<T> {
+  readonly state = signal<Loaded<T>>({ at: "empty" });
+  private running = new AbortController();
+
+  get value(): T | null {
+    return this.state.value.at === "done" ? this.state.value.value : null;
+  }
+
+  get failed(): boolean {
+    return this.state.value.at === "failed";
+  }
+
+  clear(): void {
+    this.running.abort();
+    this.state.value = { at: "empty" };
+  }
+
+  /** The result, or null if the work failed or something newer took the slot. */
+  async load(work: (signal: AbortSignal) => Promise<T>): Promise<T | null> {
+    this.running.abort();
+    const own = (this.running = new AbortController());
+    this.state.value = { at: "loading" };
+    try {
+      const value = await work(own.signal);
+      if (own !== this.running) return null;
+      this.state.value = { at: "done", value };
+      return value;
+    } catch (error) {
+      if (own === this.running && !own.signal.aborted) {
+        this.state.value = { at: "failed", message: error instanceof Error ? error.message : String(error) };
+      }
+      return null;
+    }
+  }
+}
