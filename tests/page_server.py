@@ -1,4 +1,4 @@
-"""A server on loopback that answers the page's requests as the gateway does, from fixed rules, without models or Ray."""
+"""A server on loopback that answers the page's requests as the gateway does, from fixed rules, without models."""
 
 from __future__ import annotations
 

@@ -2,11 +2,9 @@
 
 import numpy as np
 import pytest
+from page_server import TEXTS, Faults, page_server, simulated_of, tokens_of, vector_of
 
-playwright = pytest.importorskip("playwright.sync_api")
-from playwright.sync_api import expect  # noqa: E402
-
-from page_server import TEXTS, Faults, page_server, simulated_of, tokens_of, vector_of  # noqa: E402
+expect = pytest.importorskip("playwright.sync_api").expect
 
 DUTCH = 8
 """Token of the first text that a first visit explains."""
@@ -155,7 +153,7 @@ def test_a_span_is_dropped_by_its_first_and_last_token(new_page, server, save):
     page = visited(new_page, server)
     page.get_by_role("group", name="Example sentences").get_by_role("button", name="What kind").click()
     panel = page.locator("#what-if")
-    panel.get_by_role("tab", name="Drop a span").click()
+    panel.get_by_role("button", name="Drop a span").click()
     tokens = panel.get_by_role("listbox", name="Span to drop").get_by_role("option")
     expect(tokens).to_have_count(len(tokens_of(TEXTS[1])))
     first = next(token["index"] for token in tokens_of(TEXTS[1]) if token["text"] == "Hint")
@@ -246,8 +244,10 @@ def test_failures_are_one_line_and_can_be_tried_again(new_page, server):
     page.get_by_role("button", name="Try again").click()
     expect(said(page)).to_have_text("the word by at layer 0")
 
-    page.goto(server.url + "#" + "text=one+two&layer=1&token=77")
+    page.goto(server.url + "#text=one+two&layer=1&token=77")
     expect(failure).to_have_text("the text has 3 tokens, found 77 (items.0.position)")
+    page.goto(server.url + "#text=one+two&explainer=gone&simulator=simulator")
+    expect(page.locator(".waiting")).to_have_text("This server does not have gone; another model answers.")
 
 
 def test_the_keyboard_is_enough(new_page, server):
@@ -272,7 +272,7 @@ def test_the_keyboard_is_enough(new_page, server):
     page.keyboard.press("Enter")
     expect(said(page)).to_have_text("the word Two at layer 1")
 
-    page.get_by_role("tab", name="Drop a span").focus()
+    page.get_by_role("button", name="Drop a span").focus()
     page.keyboard.press("Enter")
     page.get_by_role("listbox", name="Span to drop").get_by_role("option").first.focus()
     page.keyboard.press("ArrowRight")

@@ -6,7 +6,7 @@ import { Grid } from "./grid";
 import { HeatCard } from "./heat";
 import { HistoryCard } from "./history-card";
 import { Sentence } from "./sentence";
-import { models, start } from "./state";
+import { missing, models, start } from "./state";
 import { TokenForm } from "./token-form";
 import { State } from "./widgets";
 import { WhatIfCard } from "./what-if";
@@ -16,8 +16,8 @@ function App() {
     <>
       <Bar />
       {tokenWanted.value !== null && <TokenForm reason={tokenWanted.value} />}
-      <p class="waiting" role="status">{waiting.value}</p>
-      {models.value === null ? <main class="start"><State of={models.state.value} what="models" /></main> : (
+      <p class="waiting" role="status">{waiting.value || missing.value}</p>
+      {models.value === null ? <main class="start"><State of={models} what="models" /></main> : (
         <main>
           <div class="wide"><Sentence /><Grid /><WhatIfCard /></div>
           <div class="side"><Explanation /><HeatCard /><HistoryCard /></div>

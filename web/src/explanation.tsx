@@ -4,10 +4,11 @@ import { Card, State, shown } from "./widgets";
 
 const copied = signal(false);
 
-async function copyLink(): Promise<void> {
-  await navigator.clipboard.writeText(location.href);
-  copied.value = true;
-  setTimeout(() => { copied.value = false; }, 1500);
+function copyLink(): void {
+  navigator.clipboard.writeText(location.href).then(() => {
+    copied.value = true;
+    setTimeout(() => { copied.value = false; }, 1500);
+  }, () => undefined); // the browser forbids it; the address bar holds the link too
 }
 
 /** What the explainer says of the chosen vector, as it says it. */
@@ -24,7 +25,7 @@ export function Explanation() {
       <blockquote class={state.at === "loading" ? "writing" : ""} aria-live="polite" aria-busy={state.at === "loading"}>
         {state.at === "done" && !text.trim() ? <i>The explainer said nothing.</i> : text}
       </blockquote>
-      {state.at === "failed" && <State of={state} what="explanation" />}
+      {state.at === "failed" && <State of={answer} what="explanation" />}
     </Card>
   );
 }

@@ -12,9 +12,9 @@ export function Grid() {
   const found = reading.value;
   return (
     <Card title="Residual stream" id="grid" aside={<p class="hint">Numbers are norms. Click a vector to have it explained, a layer to have all of its vectors.</p>}>
-      <State of={reading.state.value} what="activations" />
+      <State of={reading} what="activations" />
       {found && <Table found={found} />}
-      <State of={sweep.state.value} what="explanations" />
+      <State of={sweep} what="explanations" />
       {found && <NextTokens found={found} />}
       <LatentForm />
     </Card>

@@ -21,7 +21,7 @@ export function HeatCard() {
         <button type="submit">Simulate</button>
         {words !== null && subject && <button type="button" class="quiet" onClick={() => go({ words: null })}>Back to the explainer's</button>}
       </form>
-      <State of={heat.state.value} what="activations" />
+      <State of={heat} what="activations" />
       {heat.value && <Tokens of={heat.value} />}
     </Card>
   );

@@ -5,6 +5,8 @@ export type Loaded<T> = { at: "empty" } | { at: "loading" } | { at: "failed"; me
 
 export class Slot<T> {
   readonly state = signal<Loaded<T>>({ at: "empty" });
+  /** Starts the last work once more, with what follows it. */
+  again: () => void = () => undefined;
   private running = new AbortController();
 
   get value(): T | null {
@@ -20,9 +22,10 @@ export class Slot<T> {
     this.state.value = { at: "empty" };
   }
 
-  /** The result, or null if the work failed or something newer took the slot. */
-  async load(work: (signal: AbortSignal) => Promise<T>): Promise<T | null> {
+  /** The result, or null if the work failed or something newer took the slot. `again` does the same once more. */
+  async load(work: (signal: AbortSignal) => Promise<T>, again: () => void): Promise<T | null> {
     this.running.abort();
+    this.again = again;
     const own = (this.running = new AbortController());
     this.state.value = { at: "loading" };
     try {

@@ -23,6 +23,8 @@ export const outcome = new Slot<WhatIf>();
 export const sweep = new Slot<void>();
 /** The sentence that a patch takes its vector from. */
 export const source = new Slot<Activations>();
+/** Models that the address names and this server does not have, in words; empty if it has all. */
+export const missing = signal("");
 /** Explanations so far, by `cellKey`. */
 export const cells = signal<ReadonlyMap<string, Cell>>(new Map());
 
@@ -50,25 +52,15 @@ export const cellKey = (layer: number, position: number): string => {
   return JSON.stringify([explainer, target, text, layer, position]);
 };
 
-/** Shows another view; its address becomes the page's. */
+/** Shows another view, whose address becomes the page's. The same one again tries again what failed. */
 export function go(change: Partial<View>): void {
   const address = `#${encode({ ...view.value, ...change })}`;
-  if (address === location.hash) again();
-  else location.hash = address;
+  if (address !== location.hash) location.hash = address;
+  else for (const slot of [reading, answer, heat, outcome]) if (slot.failed) slot.again();
 }
 
 export const pickSentence = (text: string): void => go({ text, subject: null, words: null, change: null });
 export const pickSubject = (subject: Subject): void => go({ subject, words: null });
-
-/** Tries once more what failed. */
-export function again(): void {
-  const at = view.peek();
-  if (models.failed) void load();
-  if (reading.failed) read = readText(at);
-  if (answer.failed) void explain(at);
-  else if (heat.failed) void judge();
-  if (outcome.failed) void ask(at);
-}
 
 export function start(): void {
   addEventListener("hashchange", () => void show(decode(location.hash)));
@@ -76,7 +68,7 @@ export function start(): void {
 }
 
 async function load(): Promise<void> {
-  if (!(await models.load((signal) => get<Models>("models", signal)))) return;
+  if (!(await models.load((signal) => get<Models>("models", signal), load))) return;
   const asked = decode(location.hash);
   const found = await show(asked);
   if (asked.text || asked.subject || view.peek().subject || !found || found.tokens.length < 2) return;
@@ -94,18 +86,24 @@ function replace(change: Partial<View>): void {
 
 /** Names that the address leaves out, or that this server does not have, become the first that fit. */
 function completed(asked: View, known: Models): View {
-  const choose = (name: string, names: string[]) => (names.includes(name) ? name : names[0] ?? "");
+  const unknown: string[] = [];
+  const choose = (name: string, names: string[]) => {
+    if (name && !names.includes(name)) unknown.push(name);
+    return names.includes(name) ? name : names[0] ?? "";
+  };
   const targetName = choose(asked.target, known.targets.map(({ name }) => name));
   const able = (task: Task) => explainersFor(task, targetName).map(({ name }) => name);
   const task = asked.change?.kind === "ablate" ? "input_ablation" : "activation_patching";
-  return {
+  const view = {
     ...asked,
     target: targetName,
     explainer: choose(asked.explainer, able("feature_description")),
-    predictor: choose(asked.predictor, able(task)),
+    predictor: choose(asked.change ? asked.predictor : "", able(task)),
     simulator: choose(asked.simulator, simulatorsFor(targetName)),
     text: asked.text || known.examples.texts[0] || "",
   };
+  missing.value = unknown.length ? `This server does not have ${unknown.join(", ")}; another model answers.` : "";
+  return view;
 }
 
 /** Loads what another view needs and this one did not; the result is the sentence's activations. */
@@ -117,22 +115,29 @@ async function show(asked: View): Promise<Activations | null> {
   const changed = (...names: (keyof View)[]) => names.some((name) => JSON.stringify(before[name]) !== JSON.stringify(next[name]));
   const newText = changed("target", "text");
   if (newText || changed("explainer")) sweep.clear();
-  if (newText) read = readText(next);
+  if (newText) readText(next);
   if (newText || changed("explainer", "subject")) void explain(next);
   else if (changed("simulator", "words")) void judge();
   if (newText || changed("change", "predictor")) void ask(next);
   return read;
 }
 
-async function readText({ target, text }: View): Promise<Activations | null> {
-  return reading.load((signal) => post("activations", { target, text, layers: null, positions: null, vectors: false }, signal));
+function readText({ target, text }: View): void {
+  if (!text) reading.clear();
+  read = text ? readInto(reading, target, text, null) : Promise.resolve(null);
 }
 
-export async function readSource(text: string): Promise<void> {
+export function readSource(text: string): void {
   const { target } = view.peek();
-  if (!text.trim() || !target) return source.clear();
-  await source.load((signal) => post("activations", { target, text, layers: [0], positions: null, vectors: false }, signal));
+  if (!text.trim() || !target) source.clear();
+  else void readInto(source, target, text, [0]);
 }
+
+const readInto = (slot: Slot<Activations>, target: string, text: string, layers: number[] | null): Promise<Activations | null> =>
+  slot.load(
+    (signal) => post("activations", { target, text, layers, positions: null, vectors: false }, signal),
+    () => void readInto(slot, target, text, layers),
+  );
 
 async function explain(at: View): Promise<void> {
   const { subject, text, explainer } = at;
@@ -147,7 +152,7 @@ async function explain(at: View): Promise<void> {
     const item: Item = subject.kind === "token" ? { ...subject, text } : subject;
     const hear = (piece: string) => { if (!signal.aborted) said.value += piece; };
     return stream({ explainer, items: [item], max_new_tokens: null }, hear, signal);
-  });
+  }, () => void explain(at));
   if (found === null && !answer.failed) return; // something newer is under way
   if (found !== null) {
     if (subject.kind === "token") keep([[subject.layer, subject.position, { text: found, failed: false }]]);
@@ -179,7 +184,7 @@ export function explainLayer(layer: number): void {
         return [layer, index, "error" in one ? { text: one.error.message, failed: true } : { text: one.explanation, failed: false }];
       }));
     }
-  });
+  }, () => explainLayer(layer));
 }
 
 /** Simulates the description on the sentence, beside what is true of the subject where there is one. */
@@ -198,7 +203,7 @@ async function judge(): Promise<void> {
     }
     const { tokens, activations } = await postOne<Simulated>("simulate", { simulator }, item, signal);
     return { tokens, simulated: activations, true: null, correlation: null, reason: null };
-  });
+  }, judge);
 }
 
 async function ask(at: View): Promise<void> {
@@ -207,7 +212,7 @@ async function ask(at: View): Promise<void> {
   const found = await outcome.load(async (signal) => {
     if (!predictor) throw new Error("No explainer of this server predicts such a change.");
     return post<WhatIf>("what_if", { explainer: predictor, text, ...change }, signal);
-  });
+  }, () => void ask(at));
   await read;
   if (found) remember({ ...at, words: null, subject: null }, changeName(change), `${found.clean.token.trim()} → ${found.truth.content.trim()}`);
 }

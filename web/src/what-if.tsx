@@ -18,40 +18,42 @@ const edit = (change: Partial<Draft>): void => { draft.value = { ...draft.value,
 /** A change of the target's run: what the explainer predicts, beside what happens. */
 export function WhatIfCard() {
   const { kind } = draft.value;
-  const { text, change } = view.value;
+  const { text, change, subject } = view.value;
   const tokens = reading.value?.tokens;
-  useEffect(() => { adopt(change); }, [text, change, tokens]);
+  useEffect(() => { adopt(change); }, [text, JSON.stringify(change), tokens]);
+  // "This token" is the one of the grid, until a change was run.
+  useEffect(() => { if (!change && subject?.kind === "token") edit({ token: placeOf(subject.position) }); }, [JSON.stringify(subject)]);
   useEffect(() => { void readSource(draft.value.source); }, [draft.value.source, view.value.target]);
   const able = explainersFor(TASK[kind]).map(({ name }) => name);
   return (
     <Card title="What if" id="what-if" aside={
-      <div class="tabs" role="tablist" aria-label="Kind of change">
+      <div class="choice" role="group" aria-label="Kind of change">
         {(Object.keys(NAME) as Kind[]).map((one) => (
-          <button type="button" role="tab" key={one} id={`tab-${one}`} aria-selected={one === kind} aria-controls="change" onClick={() => edit({ kind: one })}>{NAME[one]}</button>
+          <button type="button" key={one} aria-pressed={one === kind} onClick={() => edit({ kind: one })}>{NAME[one]}</button>
         ))}
       </div>
     }>
-      <div id="change" role="tabpanel" aria-labelledby={`tab-${kind}`}>
-        <Examples kind={kind} />
-        {tokens && (kind === "patch" ? <PatchForm /> : <AblateForm />)}
-        <div class="run">
-          <button type="button" class="main" disabled={!drafted() || able.length === 0} onClick={run}>Predict and run</button>
-          <Select label="Explainer" hideSingle value={able.includes(view.value.predictor) ? view.value.predictor : able[0] ?? ""} options={able} onChoose={(name) => go({ predictor: name })} />
-          {able.length === 0 && <p class="hint">No explainer of this server predicts such changes.</p>}
-        </div>
+      <Examples kind={kind} />
+      {tokens && (kind === "patch" ? <PatchForm /> : <AblateForm />)}
+      <div class="run">
+        <button type="button" class="main" disabled={!drafted() || able.length === 0} onClick={run}>Predict and run</button>
+        {able.length > 1 && <Select label="Explainer" value={able.includes(view.value.predictor) ? view.value.predictor : able[0]!} options={able} onChoose={(name) => go({ predictor: name })} />}
+        {able.length === 0 && <p class="hint">No explainer of this server predicts such changes.</p>}
       </div>
-      {change?.kind === kind && <State of={outcome.state.value} what="the outcome" />}
+      {change?.kind === kind && <State of={outcome} what="the outcome" />}
       {change?.kind === kind && outcome.value && <ChangeResult of={outcome.value} />}
     </Card>
   );
 }
 
-/** The draft of a change that the address names; else one about the token that is chosen in the grid. */
+/** Where in the row of tokens the one at `position` stands. */
+const placeOf = (position: number): number => Math.max(0, reading.value?.tokens.findIndex(({ index }) => index === position) ?? 0);
+
+/** Drafts the change that the address names; else one about the token that is chosen in the grid. */
 function adopt(change: Change | null): void {
   const tokens = reading.value?.tokens ?? [];
-  const at = (index: number) => Math.max(0, tokens.findIndex((token) => token.index === index));
   if (change?.kind === "patch") {
-    edit({ kind: "patch", token: at(change.position), source: change.source_text, sourceToken: change.source_position, layers: change.layers });
+    edit({ kind: "patch", token: placeOf(change.position), source: change.source_text, sourceToken: change.source_position, layers: change.layers });
   } else if (change) {
     const inside = tokens.flatMap(({ start, end }, index) => (start < change.span[1] && end > change.span[0] ? [index] : []));
     edit({ kind: "ablate", span: inside.length ? [inside[0]!, inside.at(-1)!] : null });
@@ -59,9 +61,9 @@ function adopt(change: Change | null): void {
     const { subject, text } = view.peek();
     const examples = models.value?.examples;
     const known = examples?.patches.find((patch) => patch.text === text);
-    const token = subject?.kind === "token" ? at(subject.position) : Math.max(0, tokens.length - 2);
+    const token = subject?.kind === "token" ? placeOf(subject.position) : Math.max(0, tokens.length - 2);
     edit({
-      token: known ? at(known.position) : token,
+      token: known ? placeOf(known.position) : token,
       source: known?.source_text ?? examples?.texts.find((other) => other !== text) ?? text,
       sourceToken: known?.source_position ?? token,
       layers: known?.layers ?? [0, (target.value?.num_layers ?? 1) - 1],
@@ -126,7 +128,7 @@ function PatchForm() {
       <div class="step">
         <span class="of">by what is at</span>
         <Strip label="Token whose vector replaces it" tokens={sourceTokens} chosen={at < 0 ? null : [at, at]} onChoose={([first]) => edit({ sourceToken: sourceTokens[first]!.index })} />
-        <State of={source.state.value} what="the other sentence" />
+        <State of={source} what="the other sentence" />
       </div>
       <div class="step">
         <label class="of" for="source">of sentence</label>

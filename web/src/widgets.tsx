@@ -2,21 +2,20 @@
 import type { ComponentChildren } from "preact";
 import { useRef } from "preact/hooks";
 import type { Token } from "./api";
-import type { Loaded } from "./slot";
-import { again } from "./state";
+import type { Slot } from "./slot";
 
 /** That something loads, or why it failed; nothing otherwise. */
-export function State({ of, what }: { of: Loaded<unknown>; what: string }) {
+export function State({ of: slot, what }: { of: Slot<any>; what: string }) {
+  const of = slot.state.value;
   if (of.at === "loading") return <p class="loading" role="status"><span class="visually-hidden">Loading {what}</span></p>;
   if (of.at === "failed") {
-    return <p class="failed" role="alert"><span>{of.message}</span> <button type="button" class="quiet" onClick={again}>Try again</button></p>;
+    return <p class="failed" role="alert"><span>{of.message}</span> <button type="button" class="quiet" onClick={slot.again}>Try again</button></p>;
   }
   return null;
 }
 
-export function Select(props: { label: string; value: string; options: string[]; onChoose: (value: string) => void; hideSingle?: boolean }) {
+export function Select(props: { label: string; value: string; options: string[]; onChoose: (value: string) => void }) {
   const { label, value, options, onChoose } = props;
-  if (props.hideSingle && options.length < 2) return null;
   return (
     <label class="field"><span>{label}</span>
       <select value={value} onChange={(event) => onChoose(event.currentTarget.value)} disabled={options.length === 0}>
