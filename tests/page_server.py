@@ -1,238 +1,221 @@
-"""A server on loopback that answers the page's requests as the gateway does, from fixed rules, without models."""
+"""The gateway with the page, on loopback, over models that answer by fixed rules: no weights, no Ray."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import re
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import uvicorn
-from starlette.applications import Starlette
-from starlette.responses import FileResponse, JSONResponse, StreamingResponse
-from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
 
-import introspect_ray
+from introspect_ray.config import ServeConfig, ServedExplainer, ServedSimulator, ServedTarget
+from introspect_ray.explainer.query import Query
+from introspect_ray.serving import api
+from introspect_ray.serving.auth import token_digest
+from introspect_ray.serving.calls import Busy
+from introspect_ray.serving.gateway import create_gateway
+from introspect_ray.serving.values import Question, TrueActivations, VectorAt
 
-PAGE = Path(introspect_ray.__file__).parent / "serving" / "page"
-LAYERS, WIDTH, LATENTS = 4, 3, 16
+LAYERS, LATENTS = 4, 16
 TEXTS = [
     "The language spoken by Kakres Siroun is Dutch.",
     "What kind of device is the Braishal?\nChoose phone or clock or engine or camera.\nHint: camera\nAnswer:",
     "The mother tongue of Lusha Stubri is",
 ]
-MODELS = {
-    "targets": [
-        {
-            "name": "target_a",
-            "num_layers": LAYERS,
-            "width": WIDTH,
-            "coders": [{"name": "sae", "layer": 1, "num_latents": LATENTS}],
-        }
-    ],
-    "explainers": [
-        {"name": "features", "target": "target_a", "layers": [0, 1, 2], "tasks": ["feature_description"]},
-        {"name": "changes", "target": "target_a", "layers": [0, 1, 2, 3], "tasks": ["activation_patching"]},
-        {"name": "hints", "target": "target_a", "layers": [], "tasks": ["input_ablation"]},
-    ],
-    "simulators": [{"name": "simulator", "target": "target_a"}],
-    "examples": {
-        "texts": TEXTS,
-        "patches": [
-            {"text": TEXTS[2], "position": 6, "source_text": TEXTS[0], "source_position": 6, "layers": [1, 2]},
+SERVED = {"features": ("feature_description", 3), "changes": ("activation_patching", 4), "hints": ("input_ablation", 4)}
+"""Explainers: their task, and of how many layers."""
+CONFIG = ServeConfig(
+    quickstart=None,
+    targets=(ServedTarget(),),
+    explainers=tuple(ServedExplainer(name=name, tasks=(task,)) for name, (task, _) in SERVED.items()),
+    simulators=(ServedSimulator(),),
+)
+MODELS = api.Models.model_validate(
+    {
+        "targets": [
+            {
+                "name": "target_a",
+                "num_layers": LAYERS,
+                "width": 3,
+                "coders": [{"name": "sae", "layer": 1, "num_latents": LATENTS}],
+            }
         ],
-        "ablations": [{"text": TEXTS[1], "span": [79, 92]}],
-    },
-}
+        "explainers": [
+            {"name": name, "target": "target_a", "layers": list(range(layers)), "tasks": [task]}
+            for name, (task, layers) in SERVED.items()
+        ],
+        "simulators": [{"name": "simulator", "target": "target_a"}],
+        "examples": {
+            "texts": TEXTS,
+            "patches": [
+                {"text": TEXTS[2], "position": 6, "source_text": TEXTS[0], "source_position": 6, "layers": [1, 2]}
+            ],
+            "ablations": [{"text": TEXTS[1], "span": [79, 92]}],
+        },
+    }
+)
 
 
 @dataclass
 class Faults:
     """What goes wrong; a test sets it before it acts."""
 
-    token: str | None = None
-    """Bearer token that every request under /v1 must carry."""
     busy: int = 0
-    """So many of the next requests are answered 503, to be retried after a second."""
+    """So many of the next calls find all replicas busy."""
     break_stream: bool = False
     """Streams end after their first piece, without a word."""
     held_after: int | None = None
     """Streams wait after so many pieces, for as long as this stands."""
 
 
-@dataclass
-class PageServer:
-    url: str
-    faults: Faults = field(default_factory=Faults)
-    requests: list[tuple[str, dict]] = field(default_factory=list)
-    """(path, body) of every request under /v1, in order."""
+@dataclass(frozen=True, eq=False)
+class Named(VectorAt):
+    """A vector that knows what it stands for, so that the explainer need not guess."""
 
-
-class Refused(Exception):
-    def __init__(self, status, code, message, where=None):
-        self.status, self.body = status, {"error": {"code": code, "message": message, "field": where}}
+    word: str
 
 
 def tokens_of(text):
     """A begin token, then words with the blank before them, signs and line breaks."""
     spans = [(0, 0), *(found.span() for found in re.finditer(r" ?\w+|[^\w\s]|\s", text))]
     return [
-        {"index": index, "text": text[start:end] if end else "<|bos|>", "start": start, "end": end}
+        api.Token(index=index, text=text[start:end] if end else "<|bos|>", start=start, end=end)
         for index, (start, end) in enumerate(spans)
     ]
 
 
 def vector_of(token, layer):
     """Points one way for capital letters and another for the rest."""
-    is_name = token["text"].strip()[:1].isupper()
-    return [float(is_name), 1.0 - is_name, 0.5 * layer + 0.25 * (token["index"] % 3)]
-
-
-def norm(vector):
-    return sum(value * value for value in vector) ** 0.5
-
-
-def activations(body):
-    tokens, layers = tokens_of(body["text"]), body["layers"]
-    layers = list(range(LAYERS)) if layers is None else layers
-    vectors = [[vector_of(token, layer) for token in tokens] for layer in layers]
-    return {
-        "tokens": tokens,
-        "layers": layers,
-        "norms": [[norm(vector) for vector in row] for row in vectors],
-        "positions": list(range(len(tokens))) if body["vectors"] else [],
-        "vectors": base64.b64encode(np.array(vectors, "<f4").tobytes()).decode() if body["vectors"] else None,
-        "next_tokens": [{"text": " German", "probability": 0.91}, {"text": " Greek", "probability": 0.04}],
-    }
-
-
-def explained(item):
-    if item["kind"] == "latent":
-        if item["latent"] >= LATENTS:
-            raise Refused(404, "not_found", f"sae has {LATENTS} latents, found {item['latent']}", "items.0.latent")
-        return f"latent number {item['latent']}"
-    tokens = tokens_of(item["text"])
-    if not 0 <= item["position"] < len(tokens):
-        message = f"the text has {len(tokens)} tokens, found {item['position']}"
-        raise Refused(400, "bad_request", message, "items.0.position")
-    return f"the word {tokens[item['position']]['text'].strip()} at layer {item['layer']}"
-
-
-def explain(body):
-    items = []
-    for item in body["items"]:
-        if item["kind"] == "token" and item["position"] == 0:
-            items.append({"error": {"code": "bad_request", "message": "the first token has no words", "field": None}})
-        else:
-            items.append({"explanation": explained(item), "query": "encodes what?", "layer": item["layer"]})
-    return {"items": items}
+    is_name = token.text.strip()[:1].isupper()
+    return [float(is_name), 1.0 - is_name, 0.5 * layer + 0.25 * (token.index % 3)]
 
 
 def simulated_of(description, tokens):
     """Ten where the description names the token, two on other words with a capital letter."""
     words = description.split()
-    return [10.0 if (t := token["text"].strip()) in words else 2.0 * t[:1].isupper() for token in tokens]
+    return [10.0 if token.text.strip() in words else 2.0 * token.text.strip()[:1].isupper() for token in tokens]
 
 
-def pearson(one, other):
-    means = sum(one) / len(one), sum(other) / len(other)
-    first, second = ([value - mean for value in row] for row, mean in zip((one, other), means, strict=True))
-    scale = norm(first) * norm(second)
-    return sum(a * b for a, b in zip(first, second, strict=True)) / scale if scale else None
+class FixedModels:
+    """`calls.Models` by the rules above. What is called is named as in the services."""
+
+    def __init__(self, faults):
+        self.faults = faults
+
+    async def call(self, deployment, method, *arguments, model=""):  # noqa: ARG002 - one answer for all models
+        if self.faults.busy > 0:
+            self.faults.busy -= 1
+            raise Busy
+        return getattr(self, method)(*arguments)
+
+    async def stream(self, deployment, method, vector, max_new_tokens, model=""):  # noqa: ARG002
+        (whole,) = self.describe([vector], max_new_tokens)
+        for number, piece in enumerate(re.findall(r"\S+\s*", whole.explanation)):
+            while self.faults.held_after == number:
+                await asyncio.sleep(0.01)
+            yield piece
+            if self.faults.break_stream:
+                return
+        yield whole
+
+    def activations(self, request):
+        tokens = tokens_of(request.text)
+        layers = list(range(LAYERS)) if request.layers is None else request.layers
+        vectors = np.array([[vector_of(token, layer) for token in tokens] for layer in layers])
+        return api.Activations(
+            tokens=tokens,
+            layers=layers,
+            norms=np.linalg.norm(vectors, axis=-1).tolist(),
+            positions=list(range(len(tokens))) if request.vectors else [],
+            vectors=api.encoded_vectors(vectors) if request.vectors else None,
+            next_tokens=[
+                api.NextToken(text=" German", probability=0.91),
+                api.NextToken(text=" Greek", probability=0.04),
+            ],
+        )
+
+    def vectors(self, items):
+        return [self.vector(item) for item in items]
+
+    def vector(self, item):
+        if item.kind == "latent":
+            if item.latent >= LATENTS:
+                return api.failed("not_found", f"sae has {LATENTS} latents, found {item.latent}", "latent")
+            return Named(np.zeros(3), 1, f"latent {item.latent}")
+        tokens = tokens_of(item.text)
+        if item.position >= len(tokens):
+            return api.failed("bad_request", f"the text has {len(tokens)} tokens, found {item.position}", "position")
+        if item.position == 0:
+            return api.failed("bad_request", "the first token has no words")
+        token = tokens[item.position]
+        return Named(np.array(vector_of(token, item.layer)), item.layer, f"the word {token.text.strip()}")
+
+    def describe(self, vectors, max_new_tokens):  # noqa: ARG002
+        return [
+            api.Explanation(explanation=f"{one.word} at layer {one.layer}", query="", layer=one.layer)
+            for one in vectors
+        ]
+
+    def simulate(self, items):
+        found = [(tokens_of(item.text)[1:], item.description) for item in items]
+        return [api.Simulated(tokens=tokens, activations=simulated_of(words, tokens)) for tokens, words in found]
+
+    def true_activations(self, text, coder, latent):  # noqa: ARG002
+        tokens = tokens_of(text)[1:]
+        return TrueActivations(tokens, np.array([float(token.index == latent) for token in tokens]))
+
+    def patch(self, request):  # noqa: ARG002
+        """A patch changes German to Dutch, as predicted."""
+        return Question(Query(("patch",)), api.Clean(token="German"), api.Truth(changed=True, content="Dutch"))
+
+    def ablate(self, request, layout):  # noqa: ARG002
+        """A span that is dropped changes nothing, against the prediction."""
+        return Question(Query(("ablate",)), api.Clean(token="German"), api.Truth(changed=False, content="German"))
+
+    def predict(self, query):
+        content = "Dutch" if query.text == "patch" else "phone"
+        return api.Prediction(changed=True, content=content, text=f"{content} (changed)")
 
 
-def simulate(body):
-    item = body["items"][0]
-    tokens = tokens_of(item["text"])[1:]
-    return {"items": [{"tokens": tokens, "activations": simulated_of(item["description"], tokens)}]}
+@dataclass
+class PageServer:
+    faults: Faults = field(default_factory=Faults)
+    requests: list[tuple[str, dict]] = field(default_factory=list)
+    """(path, body) of every request, in order."""
+    url: str = ""
 
+    def __post_init__(self):
+        self.gateway = create_gateway(CONFIG, MODELS, FixedModels(self.faults), None)
 
-def score(body):
-    item = body["items"][0]
-    tokens = tokens_of(item["text"])[1:]
-    simulated = simulated_of(item["description"], tokens)
-    truth = item.get("activations") or [float(token["index"] == item["latent"]) for token in tokens]
-    assert len(truth) == len(tokens)
-    correlation = pearson(simulated, truth)
-    reason = "constant_activation" if correlation is None else None
-    result = {"simulated": simulated, "true": truth, "tokens": tokens, "correlation": correlation, "reason": reason}
-    return {"items": [result]}
+    def reset(self, token=None):
+        """As new; `token`: what requests need from now on."""
+        vars(self.faults).update(vars(Faults()))
+        self.requests.clear()
+        self.gateway.digest = token and token_digest(token)
 
+    async def __call__(self, scope, receive, send):
+        body = b""
 
-def what_if(body):
-    """A patch changes German to Dutch, as predicted; a span that is dropped changes nothing, against the prediction."""
-    if body["kind"] == "patch":
-        prediction = {"changed": True, "content": " Dutch", "text": " Dutch (changed)"}
-        truth, agrees = {"changed": True, "content": " Dutch"}, True
-    else:
-        prediction = {"changed": True, "content": " phone", "text": " phone (changed)"}
-        truth, agrees = {"changed": False, "content": " German"}, False
-    return {"clean": {"token": " German"}, "truth": truth, "prediction": prediction, "agrees": agrees}
+        async def heard():
+            nonlocal body
+            message = await receive()
+            body += message.get("body", b"")
+            if message["type"] == "http.request" and not message.get("more_body"):
+                self.requests.append((scope["path"], json.loads(body or b"{}")))
+            return message
 
-
-async def pieces(text, faults):
-    """Server-sent events, cut at places that have nothing to do with where events end."""
-    events = [("token", {"text": piece}) for piece in re.findall(r"\S+\s*", text)]
-    events = events[:1] if faults.break_stream else [*events, ("done", {"explanation": text})]
-    for number, (event, data) in enumerate(events):
-        while faults.held_after == number:
-            await asyncio.sleep(0.01)
-        raw = f"event: {event}\ndata: {json.dumps(data)}\n\n".encode()
-        for part in (raw[:9], raw[9:]):
-            yield part
-            await asyncio.sleep(0.005)
-
-
-def application(server):
-    def answers(handle):
-        async def endpoint(request):
-            body = json.loads(await request.body() or "{}")
-            server.requests.append((request.url.path, body))
-            try:
-                if server.faults.token and request.headers.get("authorization") != f"Bearer {server.faults.token}":
-                    raise Refused(401, "unauthorized", "a bearer token is needed")
-                if server.faults.busy > 0:
-                    server.faults.busy -= 1
-                    raise Refused(503, "busy", "all replicas are busy")
-                result = handle(body)
-            except Refused as refused:
-                headers = {"Retry-After": "1"} if refused.status == 503 else None
-                return JSONResponse(refused.body, refused.status, headers)
-            if isinstance(result, str):
-                return StreamingResponse(pieces(result, server.faults), media_type="text/event-stream")
-            return JSONResponse(result)
-
-        return endpoint
-
-    posts = {
-        "activations": activations,
-        "explain": explain,
-        "explain/stream": lambda body: explained(body["items"][0]),
-        "what_if": what_if,
-        "simulate": simulate,
-        "score": score,
-    }
-    routes = [Route(f"/v1/{path}", answers(handle), methods=["POST"]) for path, handle in posts.items()]
-    routes += [
-        Route("/v1/models", answers(lambda _: MODELS)),
-        Route("/", lambda _: FileResponse(PAGE / "index.html")),
-        Mount("/static", StaticFiles(directory=PAGE)),
-    ]
-    return Starlette(routes=routes)
+        await self.gateway(scope, heard, send)
 
 
 @contextmanager
 def page_server():
     """Yields a `PageServer` that runs in a thread until the end of the block."""
-    server = PageServer("")
-    config = uvicorn.Config(application(server), host="127.0.0.1", port=0, log_level="warning", lifespan="off")
-    runner = uvicorn.Server(config)
+    server = PageServer()
+    runner = uvicorn.Server(uvicorn.Config(server, host="127.0.0.1", port=0, log_level="warning", lifespan="off"))
     thread = threading.Thread(target=runner.run, daemon=True)
     thread.start()
     while not runner.started:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from page_server import TEXTS, Faults, page_server, simulated_of, tokens_of, vector_of
+from page_server import TEXTS, page_server, simulated_of, tokens_of, vector_of
 
 expect = pytest.importorskip("playwright.sync_api").expect
 
@@ -18,8 +18,7 @@ def running():
 
 @pytest.fixture
 def server(running):
-    running.faults.__dict__.update(vars(Faults()))
-    running.requests.clear()
+    running.reset()
     return running
 
 
@@ -119,11 +118,10 @@ def test_a_latent_is_explained_and_scored_against_its_own_activations(new_page, 
     page = visited(new_page, server)
     page.get_by_label("Latent", exact=True).fill("7")
     page.locator("form.latent").get_by_role("button", name="Explain").click()
-    expect(said(page)).to_have_text("latent number 7")
+    expect(said(page)).to_have_text("latent 7 at layer 1")
     expect(page.locator(".level.true[title='true: 1']")).to_have_count(1)
-    item = {"description": "latent number 7", "text": TEXTS[0], "coder": "sae", "latent": 7}
+    item = {"description": "latent 7 at layer 1", "text": TEXTS[0], "coder": "sae", "latent": 7}
     assert bodies(server, "score")[-1] == {"simulator": "simulator", "items": [item]}
-    assert "the text has" not in page.content()
 
     page.goto(server.url + "#coder=sae&latent=99")
     expect(page.locator("#explanation .failed span")).to_have_text("sae has 16 latents, found 99 (items.0.latent)")
@@ -156,7 +154,7 @@ def test_a_span_is_dropped_by_its_first_and_last_token(new_page, server, save):
     panel.get_by_role("button", name="Drop a span").click()
     tokens = panel.get_by_role("listbox", name="Span to drop").get_by_role("option")
     expect(tokens).to_have_count(len(tokens_of(TEXTS[1])))
-    first = next(token["index"] for token in tokens_of(TEXTS[1]) if token["text"] == "Hint")
+    first = next(token.index for token in tokens_of(TEXTS[1]) if token.text == "Hint")
     tokens.nth(first).click()
     tokens.nth(first + 2).click()
     expect(panel.locator(".strip [aria-selected=true]")).to_have_text(["Hint", ":", "camera"])
@@ -201,14 +199,14 @@ def test_a_link_and_the_history_bring_a_view_back(new_page, server):
 
 
 def test_a_token_is_asked_for_and_what_waited_for_it_goes_on(new_page, server):
-    server.faults.token = "correct"
+    server.reset(token="correct token of 24 chars")
     page = opened(new_page, server)
     form = page.locator("form.token")
     expect(form).to_contain_text("This server asks for a token.")
     form.get_by_label("Token").fill("wrong")
     form.get_by_role("button").click()
     expect(form).to_contain_text("The server does not accept this token.")
-    form.get_by_label("Token").fill("correct")
+    form.get_by_label("Token").fill("correct token of 24 chars")
     form.get_by_role("button").click()
     expect(said(page)).to_have_text("the word Dutch at layer 1")
     expect(form).to_have_count(0)
