@@ -131,7 +131,7 @@ def test_a_patch_shows_prediction_beside_truth(new_page, server, save):
     page = visited(new_page, server)
     panel = page.locator("#what-if")
     panel.get_by_label("of sentence").fill(TEXTS[2])
-    panel.get_by_label("of sentence").press("Enter")
+    panel.get_by_label("of sentence").blur()
     source = panel.get_by_role("listbox", name="Token whose vector replaces it")
     expect(source.get_by_role("option")).to_have_count(len(tokens_of(TEXTS[2])))
     source.get_by_role("option", name="Stubri").click()
@@ -256,7 +256,7 @@ def test_the_keyboard_is_enough(new_page, server):
     page.keyboard.press("Shift+Enter")
     page.keyboard.type("three")
     page.keyboard.press("Enter")
-    expect(page.locator("thead th")).to_have_text(["<|bos|>", "one", "Two", "⏎", "three"])
+    expect(page.locator("thead th")).to_have_text(["⟨begin⟩", "one", "Two", "⏎", "three"])
 
     for _ in range(30):
         page.keyboard.press("Tab")

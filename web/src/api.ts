@@ -46,6 +46,11 @@ export interface Simulated { tokens: Token[]; activations: number[] }
 export class ApiError extends Error {
   constructor(readonly code: string, message: string, readonly retryAfter = 1) { super(message); }
 
+  /** Whether the same request would only fail again. */
+  get isFinal(): boolean {
+    return ["bad_request", "not_found", "too_large"].includes(this.code);
+  }
+
   static of(problem: Problem, retryAfter?: number): ApiError {
     return new ApiError(problem.code, problem.field ? `${problem.message} (${problem.field})` : problem.message, retryAfter);
   }

@@ -23,6 +23,7 @@ function App() {
           <div class="side"><Explanation /><HeatCard /><HistoryCard /></div>
         </main>
       )}
+      <footer><a href="openapi.json">API</a></footer>
     </>
   );
 }

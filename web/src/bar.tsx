@@ -7,7 +7,7 @@ export function Bar() {
   const { target, explainer, simulator } = view.value;
   return (
     <header class="bar">
-      <h1>introspect<b>_</b>ray</h1>
+      <h1>introspect<b>_</b>ray <small>What is this vector?</small></h1>
       {known && (
         <div class="who">
           <Select label="Target" value={target} options={known.targets.map(({ name }) => name)}

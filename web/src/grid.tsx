@@ -101,7 +101,7 @@ const isExplained = (layer: number): boolean => explainer.value?.layers.includes
 function NextTokens({ found }: { found: Activations }) {
   return (
     <p class="next">The target goes on with{" "}
-      {found.next_tokens.slice(0, 5).map(({ text, probability }) => (
+      {found.next_tokens.filter(({ probability }) => probability >= 0.005).slice(0, 5).map(({ text, probability }) => (
         <span class="option" key={text}><b>{visible(text)}</b> {probability.toFixed(2)}</span>
       ))}
     </p>

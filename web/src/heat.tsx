@@ -34,10 +34,14 @@ function Correlation({ of }: { of: Heat | null }) {
 }
 
 function Tokens({ of }: { of: Heat }) {
+  const { subject } = view.value;
   const most = Math.max(...(of.true ?? []), 0);
   return (
     <>
-      <ul class="legend"><li class="simulated">simulated, 0 to 10</li>{of.true && <li class="true">true</li>}</ul>
+      <ul class="legend">
+        <li class="simulated">simulated, 0 to 10</li>
+        {of.true && <li class="true">true, {subject?.kind === "latent" ? `of latent ${subject.latent}` : "along this vector"}</li>}
+      </ul>
       <ol class="heat">
         {of.tokens.map((token, index) => {
           const [simulated, truth] = [of.simulated[index] ?? 0, of.true?.[index]];

@@ -1,7 +1,8 @@
 // One piece of the page that is loaded: what it shows now, and the request that fills it. A newer one replaces an older.
 import { signal } from "@preact/signals";
+import { ApiError } from "./api";
 
-export type Loaded<T> = { at: "empty" } | { at: "loading" } | { at: "failed"; message: string } | { at: "done"; value: T };
+export type Loaded<T> = { at: "empty" } | { at: "loading" } | { at: "failed"; message: string; isFinal: boolean } | { at: "done"; value: T };
 
 export class Slot<T> {
   readonly state = signal<Loaded<T>>({ at: "empty" });
@@ -35,7 +36,8 @@ export class Slot<T> {
       return value;
     } catch (error) {
       if (own === this.running && !own.signal.aborted) {
-        this.state.value = { at: "failed", message: error instanceof Error ? error.message : String(error) };
+        const message = error instanceof Error ? error.message : String(error);
+        this.state.value = { at: "failed", message, isFinal: error instanceof ApiError && error.isFinal };
       }
       return null;
     }

@@ -72,9 +72,9 @@ async function load(): Promise<void> {
   const asked = decode(location.hash);
   const found = await show(asked);
   if (asked.text || asked.subject || view.peek().subject || !found || found.tokens.length < 2) return;
-  // A first visit shows something: the word before the last of an example, in the middle layer that is explained.
+  // A first visit shows something: the word before the last of an example, at a layer with a coder or in the middle.
   const layers = explainer.value?.layers ?? [];
-  const layer = layers[layers.length >> 1];
+  const layer = target.value?.coders.find((one) => layers.includes(one.layer))?.layer ?? layers[layers.length >> 1];
   if (layer !== undefined) replace({ subject: { kind: "token", layer, position: found.tokens.at(-2)!.index } });
 }
 
@@ -214,7 +214,8 @@ async function ask(at: View): Promise<void> {
     return post<WhatIf>("what_if", { explainer: predictor, text, ...change }, signal);
   }, () => void ask(at));
   await read;
-  if (found) remember({ ...at, words: null, subject: null }, changeName(change), `${found.clean.token.trim()} → ${found.truth.content.trim()}`);
+  const dropped = change.kind === "ablate" ? `without “${text.slice(...change.span).trim()}”: ` : "";
+  if (found) remember({ ...at, words: null, subject: null }, changeName(change), `${dropped}${found.clean.token.trim()} → ${found.truth.content.trim()}`);
 }
 
 const tokenName = (position: number): string =>
@@ -224,4 +225,4 @@ const subjectName = (subject: Subject): string =>
   subject.kind === "token" ? `${tokenName(subject.position)} · L${subject.layer}` : `${subject.coder} ${subject.latent}`;
 
 const changeName = (change: Change): string =>
-  change.kind === "patch" ? `patch ${tokenName(change.position)} · L${change.layers.join("–")}` : `drop ${change.span.join("–")}`;
+  change.kind === "patch" ? `patch ${tokenName(change.position)} · L${[...new Set(change.layers)].join("–")}` : "drop";

@@ -89,10 +89,12 @@ function run(): void {
   if (change) go({ change });
 }
 
+const firstLine = (text: string): string => text.trim().split("\n")[0]!;
+
 function Examples({ kind }: { kind: Kind }) {
   const examples = models.value?.examples;
   const offered = kind === "patch"
-    ? (examples?.patches ?? []).map(({ text, ...rest }): [string, string, Change] => [`${visible(text)} ← ${visible(rest.source_text)}`, text, {
+    ? (examples?.patches ?? []).map(({ text, ...rest }): [string, string, Change] => [`${firstLine(text)} ← ${firstLine(rest.source_text)}`, text, {
         kind: "patch", position: rest.position, source_text: rest.source_text, source_position: rest.source_position, layers: rest.layers,
       }])
     : (examples?.ablations ?? []).map(({ text, span }): [string, string, Change] => [visible(text), text, { kind: "ablate", span }]);
@@ -132,7 +134,7 @@ function PatchForm() {
       </div>
       <div class="step">
         <label class="of" for="source">of sentence</label>
-        <input id="source" value={text} spellcheck={false} onChange={(event) => edit({ source: event.currentTarget.value })} />
+        <textarea id="source" rows={1} value={text} spellcheck={false} onChange={(event) => edit({ source: event.currentTarget.value })} />
       </div>
     </div>
   );

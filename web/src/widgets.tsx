@@ -9,7 +9,11 @@ export function State({ of: slot, what }: { of: Slot<any>; what: string }) {
   const of = slot.state.value;
   if (of.at === "loading") return <p class="loading" role="status"><span class="visually-hidden">Loading {what}</span></p>;
   if (of.at === "failed") {
-    return <p class="failed" role="alert"><span>{of.message}</span> <button type="button" class="quiet" onClick={slot.again}>Try again</button></p>;
+    return (
+      <p class="failed" role="alert">
+        <span>{of.message}</span>{!of.isFinal && <button type="button" class="quiet" onClick={slot.again}>Try again</button>}
+      </p>
+    );
   }
   return null;
 }
@@ -25,11 +29,12 @@ export function Select(props: { label: string; value: string; options: string[];
   );
 }
 
-/** A token's text with its blanks and breaks made visible where they are all there is, or would break the line. */
-export const shown = (token: Token | undefined): string => visible(token?.text ?? "?");
+/** A token's text; begin-of-text has none. */
+export const shown = (token: Token): string => (token.end === 0 ? "⟨begin⟩" : visible(token.text));
+/** Text on one line, its blanks made visible where they are all there is. */
 export const visible = (text: string): string => {
   const broken = text.replace(/\n/g, "⏎").replace(/\t/g, "⇥");
-  return broken.trim() || broken.replace(/ /g, "␣") || "∅";
+  return broken.trim() || broken.replace(/ /g, "␣");
 };
 /** A number in about three digits. */
 export const short = (value: number): string =>
