@@ -27,7 +27,7 @@ def new_page(chromium):
 
     def new_page(width=1600):
         context = chromium.new_context(viewport={"width": width, "height": 1000})
-        context.set_default_timeout(10_000)
+        context.set_default_timeout(20_000)
         contexts.append(context)
         page = context.new_page()
         page.on("pageerror", lambda error: complaints.append(str(error)))

@@ -5,6 +5,7 @@ import pytest
 from page_server import TEXTS, page_server, simulated_of, tokens_of, vector_of
 
 expect = pytest.importorskip("playwright.sync_api").expect
+expect.set_options(timeout=20_000)
 
 DUTCH = 8
 """Token of the first text that a first visit explains."""
@@ -103,13 +104,13 @@ def test_heat_shows_simulated_levels_and_projections_on_the_clicked_vector(new_p
 
 def test_a_whole_layer_is_explained_in_batches_and_a_failure_stays_in_its_cell(new_page, server):
     page = visited(new_page, server)
-    page.get_by_role("button", name="Explain every token at layer 1").click()
+    page.get_by_role("button", name="L1: explain every token").click()
     expect(cell(page, 1, 9)).to_have_text("the word . at layer 1")
     expect(cell(page, 1, 0)).to_have_text("failed")
     assert "the first token has no words" in cell(page, 1, 0).get_attribute("title")
     positions = [[item["position"] for item in body["items"]] for body in bodies(server, "explain")]
     assert positions == [[0, 1, 2, 3, 4, 5, 6, 7], [9]], "what is known already is not asked again"
-    page.get_by_role("button", name="Explain every token at layer 1").click()
+    page.get_by_role("button", name="L1: explain every token").click()
     expect(page.locator("#grid .loading")).to_have_count(0)
     assert [item["position"] for item in bodies(server, "explain")[-1]["items"]] == [0]
 
@@ -217,12 +218,15 @@ def test_a_token_is_asked_for_and_what_waited_for_it_goes_on(new_page, server):
 def test_a_busy_server_is_asked_again_after_the_time_that_it_names(new_page, server):
     page = visited(new_page, server)
     before = len(server.requests)
-    server.faults.busy = 2
+    server.faults.busy = 100
     cell(page, 1, 6).click()
     expect(page.locator(".waiting")).to_have_text("The server is busy; trying again in 1 s.")
+    server.faults.busy = 0
     expect(said(page)).to_have_text("the word Siroun at layer 1")
     expect(page.locator(".waiting")).to_be_empty()
-    assert [path for path, _ in server.requests[before:]][:3] == ["/v1/explain/stream"] * 3
+    asked = [body for path, body in server.requests[before:] if path == "/v1/explain/stream"]
+    assert len(asked) >= 2
+    assert asked.count(asked[0]) == len(asked)
 
 
 def test_failures_are_one_line_and_can_be_tried_again(new_page, server):
@@ -262,7 +266,7 @@ def test_the_keyboard_is_enough(new_page, server):
         page.keyboard.press("Tab")
         if page.evaluate("document.activeElement.getAttribute('role')") == "gridcell":
             break
-    for key in ("Home", "ArrowRight", "ArrowRight", "ArrowDown", "ArrowDown", "ArrowUp"):
+    for key in ("PageUp", "Home", "ArrowRight", "ArrowRight", "ArrowDown", "ArrowDown", "ArrowUp"):
         page.keyboard.press(key)
     expect(cell(page, 1, 2)).to_be_focused()
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
@@ -298,6 +302,21 @@ def test_it_fits_phones_and_wide_screens_in_light_and_dark(new_page, server, sav
         background = page.evaluate("getComputedStyle(document.body).backgroundColor").removeprefix("rgb(")
         assert (int(background.split(",")[0]) < 60) == (scheme == "dark")
         save(page, f"page-{width}-{scheme}")
+
+
+def test_a_long_text_is_shown_in_parts(new_page, server):
+    page = visited(new_page, server)
+    sentence(page).fill("and Once " * 700)
+    page.get_by_role("button", name="Read").click()
+    expect(page.locator(".pager")).to_contain_text("tokens 0 to 999 of 1402")
+    cell(page, 2, 999).focus()
+    page.keyboard.press("ArrowRight")
+    expect(cell(page, 2, 0)).to_be_focused()
+    expect(page.locator(".pager")).to_contain_text("tokens 1000 to 1401 of 1402")
+    page.keyboard.press("Enter")
+    expect(said(page)).to_have_text("the word Once at layer 2")
+    page.get_by_role("button", name="Earlier tokens").click()
+    expect(cell(page, 0, 999)).to_have_count(1)
 
 
 def test_text_never_becomes_markup(new_page, server):

@@ -1,9 +1,11 @@
 import { useEffect, useRef } from "preact/hooks";
 import { signal } from "@preact/signals";
-import type { Activations } from "./api";
+import type { Activations, Token } from "./api";
 import { cellKey, cells, explainer, explainLayer, pickSubject, reading, sweep, target, view } from "./state";
 import { Card, State, short, shown, visible } from "./widgets";
 
+/** More cells than that are shown in parts, so that long texts in deep models stay quick. */
+const MOST_CELLS = 4000;
 /** The cell that the arrow keys have reached, as [layer, token]. */
 const focused = signal<[number, number]>([0, 0]);
 
@@ -23,23 +25,31 @@ export function Grid() {
 
 function Table({ found }: { found: Activations }) {
   const body = useRef<HTMLTableSectionElement>(null);
+  const takesFocus = useRef(false);
   const { tokens, layers, norms } = found;
   const { subject } = view.value;
   const logs = norms.flat().map((norm) => Math.log(norm + 1e-6));
-  const [least, most] = [Math.min(...logs), Math.max(...logs)];
-  const depth = (norm: number) => (most > least ? (Math.log(norm + 1e-6) - least) / (most - least) : 0);
-  const reached: [number, number] = [Math.min(focused.value[0], layers.length - 1), Math.min(focused.value[1], tokens.length - 1)];
+  const least = logs.reduce((one, other) => Math.min(one, other));
+  const range = logs.reduce((one, other) => Math.max(one, other)) - least;
+  const depth = (norm: number) => (range > 0 ? (Math.log(norm + 1e-6) - least) / range : 0);
+  const reached: [number, number] = [clamp(focused.value[0], layers.length), clamp(focused.value[1], tokens.length)];
+  const width = Math.max(16, Math.floor(MOST_CELLS / layers.length));
+  const first = reached[1] - (reached[1] % width);
 
-  // The chosen cell is in sight, also where the table is wider than the screen.
   useEffect(() => {
-    const cell = body.current?.querySelector<HTMLElement>("[aria-selected=true]");
-    const scroll = body.current?.closest<HTMLElement>(".scroll");
-    if (!cell || !scroll) return;
-    const [hidden, inside] = [cell.offsetLeft + cell.offsetWidth - scroll.scrollLeft - scroll.clientWidth, cell.offsetLeft - scroll.scrollLeft];
-    if (hidden > 0 || inside < cell.offsetWidth) scroll.scrollLeft = cell.offsetLeft - scroll.clientWidth / 2;
+    if (subject?.kind !== "token") return;
+    const place: [number, number] = [layers.indexOf(subject.layer), tokens.findIndex(({ index }) => index === subject.position)];
+    if (place[0] >= 0 && place[1] >= 0) focused.value = place;
   }, [found, subject]);
+  useEffect(() => {
+    if (!isAt(...reached)) return; // keys were quicker than this render; the next one is about to follow
+    if (takesFocus.current) body.current?.querySelector<HTMLElement>("td[tabindex='0']")?.focus();
+    else showChosen(body.current);
+    takesFocus.current = false;
+  }, [found, subject, focused.value]);
 
-  const keyed = (event: KeyboardEvent, row: number, column: number) => {
+  const keyed = (event: KeyboardEvent) => {
+    const [row, column] = focused.value;
     const moves: Record<string, [number, number]> = {
       ArrowUp: [row - 1, column], ArrowDown: [row + 1, column], ArrowLeft: [row, column - 1], ArrowRight: [row, column + 1],
       Home: [row, 0], End: [row, tokens.length - 1], PageUp: [0, column], PageDown: [layers.length - 1, column],
@@ -47,9 +57,8 @@ function Table({ found }: { found: Activations }) {
     const to = moves[event.key];
     if (event.key === "Enter" || event.key === " ") choose(row, column);
     else if (to) {
-      const [nextRow, nextColumn] = [clamp(to[0], layers.length), clamp(to[1], tokens.length)];
-      focused.value = [nextRow, nextColumn];
-      body.current?.rows[nextRow]?.querySelectorAll<HTMLElement>("td")[nextColumn]?.focus();
+      takesFocus.current = true;
+      focused.value = [clamp(to[0], layers.length), clamp(to[1], tokens.length)];
     } else return;
     event.preventDefault();
   };
@@ -58,43 +67,80 @@ function Table({ found }: { found: Activations }) {
     const layer = layers[row]!;
     if (isExplained(layer)) pickSubject({ kind: "token", layer, position: tokens[column]!.index });
   };
+  const inSight = tokens.slice(first, first + width);
   return (
-    <div class="scroll">
-      <table role="grid" aria-label="Residual vectors by layer and token" class={layers.length > 12 ? "many" : ""}>
-        <thead>
-          <tr><td />{tokens.map((token) => <th scope="col" key={token.index} title={`token ${token.index}: ${JSON.stringify(token.text)}`}>{shown(token)}</th>)}</tr>
-        </thead>
-        <tbody ref={body}>
-          {layers.map((layer, row) => (
-            <tr key={layer}>
-              <th scope="row">
-                {isExplained(layer)
-                  ? <button type="button" title={`Explain every token at layer ${layer}`} aria-label={`Explain every token at layer ${layer}`} onClick={() => explainLayer(layer)}>L{layer}</button>
-                  : <span title="The explainer was not trained on this layer.">L{layer}</span>}
-              </th>
-              {tokens.map((token, column) => {
-                const norm = norms[row]![column]!;
-                const cell = cells.value.get(cellKey(layer, token.index));
-                const isChosen = subject?.kind === "token" && subject.layer === layer && subject.position === token.index;
-                return (
-                  <td role="gridcell" key={token.index} aria-selected={isChosen} aria-disabled={!isExplained(layer)}
-                    class={cell ? (cell.failed ? "wrong" : "known") : ""} style={{ "--depth": depth(norm).toFixed(3) }}
-                    aria-label={`layer ${layer}, token ${shown(token)}, norm ${short(norm)}${cell ? `: ${cell.text}` : ""}`}
-                    title={cell ? `${cell.text}\nnorm ${short(norm)}` : `norm ${short(norm)}`}
-                    tabIndex={reached[0] === row && reached[1] === column ? 0 : -1}
-                    onClick={() => choose(row, column)} onKeyDown={(event) => keyed(event, row, column)}>
-                    <span>{cell ? (cell.failed ? "failed" : cell.text || "(nothing)") : short(norm)}</span>
-                  </td>
-                );
-              })}
-            </tr>
-          ))}
-        </tbody>
-      </table>
-    </div>
+    <>
+      <div class="scroll">
+        <table role="grid" aria-label="Residual vectors by layer and token" class={layers.length > 12 ? "many" : ""}>
+          <thead>
+            <tr><td />{inSight.map((token) => <th scope="col" key={token.index} title={`token ${token.index}: ${JSON.stringify(token.text)}`}>{shown(token)}</th>)}</tr>
+          </thead>
+          <tbody ref={body}>
+            {layers.map((layer, row) => (
+              <tr key={layer}>
+                <LayerHead layer={layer} />
+                {inSight.map((token, offset) => {
+                  const column = first + offset;
+                  const isChosen = subject?.kind === "token" && subject.layer === layer && subject.position === token.index;
+                  return (
+                    <Cell key={token.index} layer={layer} token={token} norm={norms[row]![column]!} depth={depth(norms[row]![column]!)}
+                      isChosen={isChosen} isReached={reached[0] === row && reached[1] === column}
+                      onReach={() => { if (!isAt(row, column)) focused.value = [row, column]; }} onChoose={() => choose(row, column)} onKey={keyed} />
+                  );
+                })}
+              </tr>
+            ))}
+          </tbody>
+        </table>
+      </div>
+      {tokens.length > width && (
+        <p class="pager">
+          <button type="button" aria-label="Earlier tokens" disabled={first === 0} onClick={() => { focused.value = [reached[0], first - width]; }}>←</button>
+          tokens {first} to {first + inSight.length - 1} of {tokens.length}
+          <button type="button" aria-label="Later tokens" disabled={first + width >= tokens.length} onClick={() => { focused.value = [reached[0], first + width]; }}>→</button>
+        </p>
+      )}
+    </>
   );
 }
 
+function LayerHead({ layer }: { layer: number }) {
+  const all = `L${layer}: explain every token at this layer`;
+  return (
+    <th scope="row">
+      {isExplained(layer)
+        ? <button type="button" title={all} aria-label={all} onClick={() => explainLayer(layer)}>L{layer}</button>
+        : <span title="The explainer was not trained on this layer.">L{layer}</span>}
+    </th>
+  );
+}
+
+function Cell(props: {
+  layer: number; token: Token; norm: number; depth: number; isChosen: boolean; isReached: boolean;
+  onReach: () => void; onChoose: () => void; onKey: (event: KeyboardEvent) => void;
+}) {
+  const { layer, token, norm, isChosen, isReached, onReach, onChoose, onKey } = props;
+  const cell = cells.value.get(cellKey(layer, token.index));
+  const kind = cell ? (cell.failed ? "wrong" : "known") : "";
+  return (
+    <td role="gridcell" aria-selected={isChosen} aria-disabled={!isExplained(layer)} class={kind} style={{ "--depth": props.depth.toFixed(3) }}
+      aria-label={`layer ${layer}, token ${shown(token)}, norm ${short(norm)}${cell ? `: ${cell.text}` : ""}`}
+      title={cell ? `${cell.text}\nnorm ${short(norm)}` : `norm ${short(norm)}`} tabIndex={isReached ? 0 : -1} onFocus={onReach} onClick={onChoose} onKeyDown={onKey}>
+      <span>{cell ? (cell.failed ? "failed" : cell.text || "(nothing)") : short(norm)}</span>
+    </td>
+  );
+}
+
+/** Brings the chosen cell into sight where the table is wider than the screen. */
+function showChosen(body: HTMLElement | null): void {
+  const cell = body?.querySelector<HTMLElement>("[aria-selected=true]");
+  const scroll = body?.closest<HTMLElement>(".scroll");
+  if (!cell || !scroll) return;
+  const left = cell.offsetLeft - scroll.scrollLeft;
+  if (left < cell.offsetWidth || left + cell.offsetWidth > scroll.clientWidth) scroll.scrollLeft = cell.offsetLeft - scroll.clientWidth / 2;
+}
+
+const isAt = (row: number, column: number): boolean => focused.value[0] === row && focused.value[1] === column;
 const clamp = (value: number, count: number): number => Math.max(0, Math.min(count - 1, value));
 const isExplained = (layer: number): boolean => explainer.value?.layers.includes(layer) ?? false;
 
