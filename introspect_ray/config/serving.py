@@ -35,6 +35,8 @@ class ReplicaConfig(Config):
     """Requests that one replica works on or holds for its next batch."""
     max_queued: Annotated[int, Field(ge=1)] = 64
     """Requests that wait for a replica; the next one is refused at once (503, Retry-After)."""
+    surge_percent: Annotated[int, Field(ge=0, le=100)] = 100
+    """Replicas that an update may start beside the old ones; 0, where there is no room, ends old ones first."""
     health_check_period_s: Annotated[float, Field(gt=0)] = 2
     health_check_timeout_s: Annotated[float, Field(gt=0)] = 30
 

@@ -152,7 +152,7 @@ class Answers:
         """Whether every deployment answers."""
         pings = (self._calls.call(deployment, "ping") for deployment in self._deployments)
         found = await asyncio.gather(*pings, return_exceptions=True)
-        return all(one is True or isinstance(one, Busy) for one in found)
+        return all(isinstance(one, int | Busy) for one in found)
 
     async def _simulated(self, served: ServedSimulator, items: Sequence[SimulateItem]) -> list[Simulated | Failed]:
         found: list[Simulated | Failed] = await self._calls.call(
