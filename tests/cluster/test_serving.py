@@ -1,4 +1,4 @@
-"""The service on a local Ray: answers equal the library's, no request is lost with replicas, an update drops nothing."""
+"""The service on a local Ray: answers equal the library's, killed replicas lose no request, an update drops nothing."""
 
 import os
 import signal
