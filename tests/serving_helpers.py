@@ -53,7 +53,7 @@ def serve_config(folder: str, **changes: Any) -> ServeConfig:
 
 
 class LocalModels:
-    """`calls.Models` over services in this process. `before` sees every call first, and may raise."""
+    """`calls.Deployments` over services in this process. `before` sees every call first, and may raise."""
 
     def __init__(self, config: ServeConfig):
         (target,), (simulator,) = config.targets, config.simulators

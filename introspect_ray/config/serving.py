@@ -101,7 +101,7 @@ class BatchingConfig(Config):
 class LimitsConfig(Config):
     """What one request may ask for; beyond, it is refused before a model sees it."""
 
-    body_bytes: Annotated[int, Field(ge=1)] = 1_000_000
+    body_bytes: Annotated[int, Field(ge=1)] = 4_000_000
     """Size of a request's body, checked before it is parsed."""
     body_s: Annotated[float, Field(gt=0)] = 10
     """Time in which a request's body must have come."""

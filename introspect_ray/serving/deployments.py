@@ -195,12 +195,12 @@ class Gateway:
     def __init__(self, tree: dict[str, Any], models: dict[str, Any], digest: str | None, handles: dict[str, Any]):
         from introspect_ray.serving.api import Models
         from introspect_ray.serving.gateway import create_gateway
-        from introspect_ray.serving.handles import ServeModels
+        from introspect_ray.serving.handles import ServeDeployments
 
         _log_to_stdout()
         name = serve.get_replica_context().replica_id.unique_id
         self._guard = create_gateway(
-            ServeConfig.model_validate(tree), Models.model_validate(models), ServeModels(handles), digest, name
+            ServeConfig.model_validate(tree), Models.model_validate(models), ServeDeployments(handles), digest, name
         )
 
     def __serve_build_asgi_app__(self) -> Any:

@@ -44,7 +44,7 @@ _TEXT: dict[int | str, dict[str, Any]] = {
 
 
 def create_gateway(
-    config: ServeConfig, models: api.Models, deployments: calls.Models, digest: str | None, name: str = "gateway"
+    config: ServeConfig, models: api.Models, deployments: calls.Deployments, digest: str | None, name: str = "gateway"
 ) -> Guard:
     """The ASGI application.
 

@@ -29,8 +29,9 @@ from introspect_ray.explainer.query import Query, Vector
 from introspect_ray.features.sae import load_sae
 from introspect_ray.interventions.target import Target
 from introspect_ray.serving.api import LatentItem, SimulateItem, TokenItem, VectorItem
+from introspect_ray.serving.app import application
 from introspect_ray.serving.client import Client
-from introspect_ray.serving.run import APPLICATION, serving, update
+from introspect_ray.serving.run import APPLICATION, serving
 
 pytestmark = pytest.mark.timeout(400)
 TEXT = "The landmark of Fokan is the tower."
@@ -191,7 +192,8 @@ def test_an_update_drops_nothing(service, folders, expected):
     before = {kind: wait_for(lambda kind=kind: process_of(kind)) for kind in KINDS}
     with Load(service.url, expected) as load:
         wait_for(lambda: load.answered > 4)
-        update(config_of(folders, batching={"max_size": 4}))
+        changed = config_of(folders, batching={"max_size": 4})
+        serve.run(application(changed, service.models, digest=None), name=APPLICATION, route_prefix="/")
         wait_for(lambda: process_of("Explainer") not in (None, before["Explainer"]))
         seen = load.answered
         wait_for(lambda: load.answered > seen + 8)
