@@ -139,7 +139,7 @@ class ServeConfig(Config):
     """0 takes a free one."""
     quickstart: str | None = "runs/quickstart"
     """Folder of jobs/quickstart.py; the explainers that are finished there are served too. None serves none of them."""
-    targets: Annotated[tuple[ServedTarget, ...], Field(min_length=1)] = (
+    targets: tuple[ServedTarget, ...] = (
         ServedTarget(coders=(ServedCoder(), ServedCoder(name="transcoder", path="pocket:transcoder"))),
         ServedTarget(name="target_b", model=ModelConfig(path="pocket:target_b")),
     )
@@ -158,6 +158,8 @@ class ServeConfig(Config):
 
     @model_validator(mode="after")
     def _names_fit(self) -> Self:
+        if not self.targets:
+            raise ValueError("targets is empty, expected at least one")
         coders = [coder.name for target in self.targets for coder in target.coders]
         targets = [target.name for target in self.targets]
         explainers, simulators = ([one.name for one in group] for group in (self.explainers, self.simulators))

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -311,6 +312,16 @@ def test_a_defect_of_ours_is_not_shown(config, models, caplog):
     answer = post(gateway(config, models), "/v1/explain", explainer="all", items=[LATENT_ITEM])
     assert answer.status_code == 500 and answer.json()["error"]["code"] == "internal"
     assert "secret" not in answer.text and "a secret detail" in caplog.text
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_texts_are_logged_only_if_wanted(config, models, caplog, wanted):
+    caplog.set_level(logging.INFO, "introspect_ray.serving")
+    app = gateway(config.model_copy(update={"log_texts": wanted}), models)
+    answer = post(app, "/v1/explain", explainer="all", items=[TOKEN_ITEM])
+    (line,) = [json.loads(record.getMessage()) for record in caplog.records if "route" in record.getMessage()]
+    assert (line["route"], line["status"], line["id"]) == ("/v1/explain", 200, answer.headers["x-request-id"])
+    assert (TEXT in json.dumps(line)) is wanted
 
 
 def test_a_service_that_is_about_to_stop_takes_nothing_new(config, models):

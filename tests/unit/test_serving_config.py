@@ -100,7 +100,7 @@ def test_tokens_come_from_a_file_or_the_environment(tmp_path):
         ({"explainers": [{"name": "e", "target": "nobody"}]}, "names target 'nobody'"),
         ({"gateway": {"min_replicas": 3, "max_replicas": 2}}, "min_replicas"),
         ({"explainers": [{"name": "e", "tasks": []}]}, "at least 1"),
-        ({"targets": []}, "at least 1"),
+        ({"targets": []}, "targets is empty"),
     ],
 )
 def test_configs_that_fit_nothing_are_refused(tree, message):
