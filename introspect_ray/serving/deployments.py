@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -89,8 +90,9 @@ class TargetModel:
     async def ablate(self, request: AblateRequest, layout: Any) -> Question | Failed:
         return await self._thread.run(self._service.ablate, request, layout)
 
-    async def ping(self) -> bool:
-        return True
+    async def ping(self) -> int:
+        """Process id of this replica."""
+        return os.getpid()
 
 
 class Explainer:
@@ -157,8 +159,9 @@ class Explainer:
         name: str = await self._load(serve.get_multiplexed_model_id())
         return name
 
-    async def ping(self) -> bool:
-        return True
+    async def ping(self) -> int:
+        """Process id of this replica."""
+        return os.getpid()
 
 
 class Simulator:
@@ -181,8 +184,9 @@ class Simulator:
         found = iter(await self._thread.run(self._service.simulate, [item for items in requests for item in items]))
         return [[next(found) for _ in items] for items in requests]
 
-    async def ping(self) -> bool:
-        return True
+    async def ping(self) -> int:
+        """Process id of this replica."""
+        return os.getpid()
 
 
 class Gateway:
@@ -191,16 +195,20 @@ class Gateway:
     def __init__(self, tree: dict[str, Any], models: dict[str, Any], digest: str | None, handles: dict[str, Any]):
         from introspect_ray.serving.api import Models
         from introspect_ray.serving.gateway import create_gateway
-        from introspect_ray.serving.handles import ServeModels
+        from introspect_ray.serving.handles import ServeDeployments
 
         _log_to_stdout()
         name = serve.get_replica_context().replica_id.unique_id
         self._guard = create_gateway(
-            ServeConfig.model_validate(tree), Models.model_validate(models), ServeModels(handles), digest, name
+            ServeConfig.model_validate(tree), Models.model_validate(models), ServeDeployments(handles), digest, name
         )
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._guard
+
+    def ping(self) -> int:
+        """Process id of this replica."""
+        return os.getpid()
 
     def drain(self) -> None:
         """Refuse new requests from now on."""
