@@ -20,9 +20,12 @@ CHECKED_PACKAGES = ("interventions", "explainer", "models", "features", "evaluat
 install_import_hook([f"introspect_ray.{package}" for package in CHECKED_PACKAGES], "beartype.beartype")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium():
-    """Debian's Chromium, driven by Playwright and started once; where there is none, tests that need it are skipped."""
+    """Debian's Chromium, driven by Playwright; where there is none, tests that need it are skipped.
+
+    While it is there an event loop counts as running, so it ends with the module.
+    """
     path = shutil.which("chromium")
     if path is None:
         pytest.skip("no chromium: apt-get install chromium")

@@ -83,8 +83,7 @@ def tokens_of(text):
     """A begin token, then words with the blank before them, signs and line breaks."""
     spans = [(0, 0), *(found.span() for found in re.finditer(r" ?\w+|[^\w\s]|\s", text))]
     return [
-        api.Token(index=index, text=text[start:end], start=start, end=end)
-        for index, (start, end) in enumerate(spans)
+        api.Token(index=index, text=text[start:end], start=start, end=end) for index, (start, end) in enumerate(spans)
     ]
 
 

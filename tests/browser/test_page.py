@@ -101,6 +101,13 @@ def test_heat_shows_simulated_levels_and_projections_on_the_clicked_vector(new_p
     page.get_by_role("button", name="Back to the explainer's").click()
     expect(page.get_by_label("Description")).to_have_value("the word Dutch at layer 1")
 
+    page.goto(server.url + "#text=one+Two")
+    page.get_by_label("Description").fill("the word one")
+    page.get_by_role("button", name="Simulate").click()
+    expect(page.locator(".level")).to_have_text(["simulated 10.0", "simulated 2.0"])
+    item = {"description": "the word one", "text": "one Two"}
+    assert bodies(server, "simulate") == [{"simulator": "simulator", "items": [item]}], "of no vector nothing is true"
+
 
 def test_a_whole_layer_is_explained_in_batches_and_a_failure_stays_in_its_cell(new_page, server):
     page = visited(new_page, server)

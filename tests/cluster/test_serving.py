@@ -174,21 +174,6 @@ def test_answers_equal_the_library_calls(service, expected):
     assert texts[0] != texts[1]
 
 
-def test_the_page_shows_what_the_library_says(service, expected, new_page):
-    expect = pytest.importorskip("playwright.sync_api").expect
-    name, item, text = expected[0]
-    view = {"text": item.text, "explainer": name, "layer": item.layer, "token": item.position}
-    page = new_page()
-    page.goto(f"{service.url}/#{urlencode(view)}")
-    expect(page.locator("#explanation blockquote")).to_have_text(text, timeout=30_000)
-    with Client(service.url) as client:
-        (levels,) = client.simulate("lexicon", [SimulateItem(description=text, text=item.text)])
-    shown = page.locator("ol.heat .level.simulated")
-    expect(shown).to_have_count(len(levels.activations), timeout=30_000)
-    titles = [level.get_attribute("title") for level in shown.all()]
-    assert titles == [f"simulated: {level:g}" for level in levels.activations]
-
-
 def test_no_request_is_lost_with_a_replica(service, expected):
     recovery = {}
     with Load(service.url, expected) as load:
@@ -217,3 +202,18 @@ def test_an_update_drops_nothing(service, folders, expected):
     assert not load.wrong
     after = {kind: wait_for(lambda kind=kind: process_of(kind)) for kind in KINDS}
     assert all(after[kind] != before[kind] for kind in KINDS if not kind.startswith("Simulator"))
+
+
+def test_the_page_shows_what_the_library_says(service, expected, new_page):
+    expect = pytest.importorskip("playwright.sync_api").expect
+    name, item, text = expected[0]
+    view = {"text": item.text, "explainer": name, "layer": item.layer, "token": item.position}
+    page = new_page()
+    page.goto(f"{service.url}/#{urlencode(view)}")
+    expect(page.locator("#explanation blockquote")).to_have_text(text, timeout=30_000)
+    with Client(service.url) as client:
+        (levels,) = client.simulate("lexicon", [SimulateItem(description=text, text=item.text)])
+    shown = page.locator("ol.heat .level.simulated")
+    expect(shown).to_have_count(len(levels.activations), timeout=30_000)
+    titles = [level.get_attribute("title") for level in shown.all()]
+    assert titles == [f"simulated: {level:g}" for level in levels.activations]

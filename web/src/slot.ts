@@ -31,11 +31,11 @@ export class Slot<T> {
     this.state.value = { at: "loading" };
     try {
       const value = await work(own.signal);
-      if (own !== this.running) return null;
+      if (own.signal.aborted) return null;
       this.state.value = { at: "done", value };
       return value;
     } catch (error) {
-      if (own === this.running && !own.signal.aborted) {
+      if (!own.signal.aborted) {
         const message = error instanceof Error ? error.message : String(error);
         this.state.value = { at: "failed", message, isFinal: error instanceof ApiError && error.isFinal };
       }
