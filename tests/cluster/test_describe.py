@@ -1,5 +1,7 @@
 """Latents described by models on Ray actors: the same words as in one process, however many actors there are."""
 
+import os
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +23,8 @@ from introspect_ray.config import (
 from introspect_ray.data.chat_pool import chat_model
 from introspect_ray.data.cluster import connect
 from introspect_ray.data.description_files import read_descriptions
-from introspect_ray.errors import UserError
+from introspect_ray.data.workers import MAX_RESTARTS, WorkerPool
+from introspect_ray.errors import RunFailed, UserError
 from introspect_ray.explainer.card import TargetInfo
 from introspect_ray.explainer.model import Explainer
 from introspect_ray.explainer.query import Query, Vector
@@ -133,3 +136,48 @@ def test_an_explainer_on_actors_describes_decoder_rows(tmp_path):
         (latent, text) for latent, text in enumerate(said) if isinstance(text, str)
     ]
     assert {one.source for one in found} == {"explainer:mine"}
+
+
+class Worker:
+    """Says which process it is; ends that for one question, and refuses another."""
+
+    def __init__(self, fault=None):
+        if fault:
+            raise fault
+
+    def ask(self, number):
+        if number == "deadly":
+            os._exit(1)
+        if number == "bad":
+            raise UserError("a bad question")
+        if number == "broken":
+            raise ValueError("a broken\nworker")
+        time.sleep(0.05 if number % 3 else 0.3)
+        return number, os.getpid()
+
+
+def test_a_pool_grows_to_its_largest_size_and_answers_in_order_whatever_has_no_place():
+    pool = WorkerPool(Worker, (), ActorConfig(num_cpus=0.4, max_size=3))
+    found = list(pool.map("ask", [(n,) for n in range(40)]))
+    assert [number for number, _ in found] == list(range(40))
+    assert len({process for _, process in found}) == pool.size == 3
+    endless = WorkerPool(Worker, (), ActorConfig(num_cpus=0.4, max_size=99))
+    assert [number for number, _ in endless.map("ask", [(n,) for n in range(30)])] == list(range(30))
+    assert next(endless.map("ask", [(7,), (8,)]))[0] == 7
+    assert [number for number, _ in endless.map("ask", [(4,)])] == [4], "what nobody waited for is no answer"
+    assert len(list(WorkerPool(Worker, (), ActorConfig(initial_size=9, max_size=9)).map("ask", []))) == 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "question", "kind", "said"),
+    [
+        (UserError("no such model"), 0, UserError, "no such model"),
+        (None, "bad", UserError, "a bad question"),
+        (None, "broken", RunFailed, "an actor failed: .*worker"),
+        (None, "deadly", RunFailed, f"an actor's process died {MAX_RESTARTS + 1} times.*; the same command tries again"),
+    ],
+)
+def test_what_actors_fail_of_is_said_in_one_line(fault, question, kind, said):
+    with pytest.raises(kind, match=f"^{said}") as error:
+        list(WorkerPool(Worker, (fault,), ActorConfig(num_cpus=0.1)).map("ask", [(question,)]))
+    assert type(error.value) is kind and "\n" not in str(error.value)
