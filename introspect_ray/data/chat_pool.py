@@ -16,6 +16,7 @@ from introspect_ray.data.pool import check_resources
 from introspect_ray.data.workers import WorkerPool, use_assigned_threads
 from introspect_ray.models.chat import ChatModel, Choice, Completion, Conversation, Failure
 from introspect_ray.models.endpoint import EndpointChat
+from introspect_ray.models.journal import Journal
 from introspect_ray.models.local_chat import LocalChat
 from introspect_ray.tasks.base import stable_id
 
@@ -45,13 +46,13 @@ def relevant_chat(config: ChatConfig) -> dict[str, Any]:
 
 
 @contextmanager
-def chat_model(config: ChatConfig, actors: ActorConfig, seed: int, spent: float = 0.0) -> Iterator[ChatModel]:
+def chat_model(config: ChatConfig, actors: ActorConfig, seed: int, journal: Journal) -> Iterator[ChatModel]:
     """The chat model of `config`; Ray is connected inside the block if the model is a local one.
 
-    `spent` is what earlier calls cost that the endpoint's cap counts as well.
+    `journal` has the calls of an endpoint, those of earlier runs too.
     """
     if config.kind == "endpoint":
-        yield EndpointChat(config, seed, spent)
+        yield EndpointChat(config, seed, journal)
         return
     with connect():
         check_resources(actors)

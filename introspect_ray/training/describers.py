@@ -19,6 +19,7 @@ from introspect_ray.features.descriptions import Description
 from introspect_ray.features.exemplars import LatentExemplars
 from introspect_ray.features.sae import load_sae
 from introspect_ray.models.chat import ChatModel, Completion, Conversation, Failure
+from introspect_ray.models.journal import Journal
 from introspect_ray.training.answering import AnswerPool
 
 Describe = Callable[[Sequence[LatentRow]], list[LatentRow]]
@@ -30,9 +31,11 @@ NO_LABEL = "not_in_the_lexicon"
 
 
 @contextmanager
-def chat_describer(config: DescribeConfig, read: Callable[[int], LatentExemplars], spent: float) -> Iterator[Describe]:
-    """Asks the chat model of the config about the exemplars that `read` gives; `spent` is the cost of earlier runs."""
-    with chat_model(config.chat, config.actors, config.seed, spent) as model:
+def chat_describer(
+    config: DescribeConfig, read: Callable[[int], LatentExemplars], journal: Journal
+) -> Iterator[Describe]:
+    """Asks the chat model of the config about the exemplars that `read` gives."""
+    with chat_model(config.chat, config.actors, config.seed, journal) as model:
         yield lambda rows: describe_by_chat(config, model, read, rows)
 
 
@@ -82,7 +85,6 @@ def _with_answers(row: LatentRow, answers: Mapping[int, Completion | Failure]) -
         latent=row.latent,
         candidates=tuple(candidates.values()),
         failures=tuple(sorted(failures, key=lambda one: one.sample)),
-        cost=row.cost + sum(answer.cost for answer in answers.values()),
     )
 
 
