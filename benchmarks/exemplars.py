@@ -46,8 +46,8 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from introspect_ray.config import CollectConfig
-from introspect_ray.data.collecting import BlockOrder, ScanOrder
-from introspect_ray.data.merging import CoderScans, merge_block
+from introspect_ray.data.collecting import ScanOrder
+from introspect_ray.data.merging import BlockOrder, ChooseOrder, GatherOrder, Merging
 from introspect_ray.data.scanning import Scanner, scan_shard, scan_texts
 from introspect_ray.data.shards import write_items
 from introspect_ray.data.storage import Folder
@@ -218,9 +218,10 @@ def collect_all(setting: Setting, num_shards: int) -> int:
             items = [vars(text) for text in make_texts(config.texts_per_shard, shard * config.texts_per_shard)]
             write_items(work, order, items)
             scan_shard(setting.scanner, config, work, order, "run")
-        scans = CoderScans(work, config, 0, num_shards)
-        for block in range(-(-setting.coder.num_latents // config.latents_per_block)):
-            merge_block(scans, output, BlockOrder(block, "key"), block, setting.coder.num_latents)
+        merging = Merging(config, work, "key", (output,), (setting.coder.num_latents,), num_shards)
+        for step in (ChooseOrder, GatherOrder, BlockOrder):
+            for order in merging.orders(step):
+                merging.make(order)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 

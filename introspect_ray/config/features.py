@@ -88,6 +88,8 @@ class BrowseConfig(Config):
     """Folder of one coder's exemplars (any fsspec URL); may stand alone, without `--exemplars`."""
     descriptions: tuple[str, ...] = ()
     """Files descriptions.jsonl, or folders that hold one."""
+    score: str = "correlation"
+    """The score that the candidates of a latent, and latents, are ranked by; those without it are listed apart."""
     output: str | None = None
     """Folder (any fsspec URL) for the page and its data; none: `page` in the folder of the exemplars."""
     top: Annotated[int, Field(ge=0)] = 10
