@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import threading
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from introspect_ray.data.storage import TEMPORARY, Folder
@@ -60,14 +60,20 @@ def _damaged(folder: Folder, name: str, error: Exception) -> UserError:
 
 
 class FolderJournal(Journal):
-    """A journal whose entries are files before they count."""
+    """A journal whose entries are in files before they count."""
 
-    def __init__(self, folder: Folder, names: list[str], entries: Iterable[Entry]):
+    def __init__(self, folder: Folder, names: Sequence[str], entries: Iterable[Entry]):
         super().__init__(entries)
-        self._folder, self._names = folder, names
+        self._folder = folder
+        self._names = list(names)
+        """All files."""
         self._run = uuid.uuid4().hex[:12]
         self._number = 0
         self._waiting: list[Entry] = []
+        self._recent: dict[str, Entry] = {}
+        """Entries by name in the newest files, which one is to take the place of."""
+        self._num_recent = 0
+        """Those files."""
         self._writing = threading.Lock()
 
     def _keep(self, entry: Entry) -> None:
@@ -84,21 +90,23 @@ class FolderJournal(Journal):
                 with self._lock:
                     self._waiting = batch + self._waiting
                 raise
-            if len(self._names) >= FILES_TOGETHER:
-                self._put_together()
+            self._recent |= {one.name: one for one in batch}
+            self._num_recent += 1
+            if self._num_recent >= FILES_TOGETHER:
+                self._replace(self._names[-self._num_recent :], self._recent.values())
 
-    def _replace(self) -> None:
+    def _keep_only(self, entry: Entry) -> None:
         with self._writing:
             if self._names:
-                self._put_together()
+                self._replace(list(self._names), [entry])
 
-    def _put_together(self) -> None:
-        with self._lock:
-            content, before = lines(self._entries.values()), list(self._names)
-        self._write(json.dumps({_REPLACES: before}).encode() + b"\n" + content)
-        for name in before:
+    def _replace(self, names: Sequence[str], entries: Iterable[Entry]) -> None:
+        """Put one file in the place of others."""
+        self._write(json.dumps({_REPLACES: list(names)}).encode() + b"\n" + lines(entries))
+        for name in names:
             self._folder.remove(name)
-        self._names = self._names[len(before) :]
+            self._names.remove(name)
+        self._recent, self._num_recent = {}, 0
 
     def _write(self, content: bytes) -> None:
         name = f"{self._run}-{self._number:08d}.jsonl"

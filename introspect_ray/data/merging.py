@@ -179,9 +179,11 @@ _STEPS: dict[type[StepOrder], Callable[[CoderScans, int], dict[str, bytes]]] = {
 }
 
 
-def stats_bytes(counts: np.ndarray, maxima: np.ndarray) -> bytes:
-    """The table of all latents of a coder."""
+def stats_bytes(counts: np.ndarray, maxima: np.ndarray, densities: np.ndarray | None = None) -> bytes:
+    """The table of all latents of a coder; `densities` where they do not follow from the counts."""
     buffer = io.BytesIO()
     table = pa.table({"latent": np.arange(len(counts), dtype=np.int32), "count": counts, "maximum": maxima})
+    if densities is not None:
+        table = table.append_column("density", pa.array(densities, pa.float64()))
     pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
     return buffer.getvalue()

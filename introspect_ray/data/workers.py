@@ -33,16 +33,22 @@ class WorkerPool:
     """Actors of the class `worker`, made with `arguments`. Ray must be connected when it is asked."""
 
     def __init__(self, worker: type, arguments: Sequence[Any], actors: ActorConfig):
+        self._starting: dict[ray.ObjectRef, Any] = {}
+        """Word that an actor has loaded -> the actor."""
         self._remote: Any = ray.remote(
             num_cpus=actors.num_cpus, num_gpus=actors.num_gpus, max_restarts=MAX_RESTARTS, max_task_retries=-1
         )(worker)
         self._arguments, self._actors = tuple(arguments), actors
-        self._starting: dict[ray.ObjectRef, Any] = {}
-        """Word that an actor has loaded -> the actor."""
         self._busy: dict[ray.ObjectRef, Any] = {}
         """Answer -> the actor that is at work on it; also answers that nobody waits for any more."""
         self._idle: list[Any] = []
         self._has_loaded = False
+
+    def __del__(self) -> None:
+        """Actors that nobody will ask would yet load, and keep their place from others."""
+        if ray.is_initialized():
+            for actor in self._starting.values():
+                ray.kill(actor)
 
     @property
     def size(self) -> int:

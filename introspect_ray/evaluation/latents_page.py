@@ -52,7 +52,7 @@ def page_files(
 
 
 def _list_row(store: ExemplarStore, latent: int, descriptions: Sequence[Description], score: str) -> list[Any]:
-    density = float(store.counts[latent]) / max(1, store.meta.num_tokens)
+    density = float(store.densities[latent])
     best = descriptions[0] if descriptions else None
     text, value = (best.text, best.scores.get(score)) if best else ("", None)
     return [latent, _rounded(density), _rounded(float(store.maxima[latent])), text, value]
@@ -130,7 +130,7 @@ class _View:
         self.score = config.score
         self.num_dead = store.meta.num_latents - store.meta.num_live
         self.num_chunks = -(-store.meta.num_latents // LATENTS_PER_LIST)
-        self._logs = np.log10(store.counts[store.counts > 0] / max(1, store.meta.num_tokens))
+        self._logs = np.log10(store.densities[store.densities > 0])
         self._low = int(np.floor(self._logs.min())) if len(self._logs) else -1
 
     @property

@@ -51,11 +51,12 @@ class Journal:
 
     def __init__(self, entries: Iterable[Entry] = ()):
         self._lock = threading.Lock()
-        self._entries: dict[str, Entry] = {}
         self._answers: dict[str, Completion | Failure] = {}
         self._spent = 0.0
         for entry in entries:
-            self._put(entry)
+            self._spent += entry.cost
+            if entry.answer is not None:
+                self._answers[entry.request] = entry.answer
 
     @property
     def spent(self) -> float:
@@ -69,45 +70,36 @@ class Journal:
 
     def begin(self, request: str, most: float, cap: float | None) -> Entry | None:
         """A call that may be made now; `end` has to follow. None if it could bring what is spent above the cap."""
-        entry = Entry(uuid.uuid4().hex, request, most)
         with self._lock:
             if cap is not None and self._spent + most > cap:
                 return None
-            self._put(entry)
+            self._spent += most
+        entry = Entry(uuid.uuid4().hex, request, most)
         if most:
             self._keep(entry)
         return entry
 
     def end(self, entry: Entry, cost: float, answer: Completion | Failure | None) -> None:
         """What a call came to; `answer` is what the same request is told from now on."""
-        ended = replace(entry, cost=cost, answer=answer)
         with self._lock:
-            self._put(ended)
+            self._spent += cost - entry.cost
+            if answer is not None:
+                self._answers[entry.request] = answer
         if entry.cost or cost or answer is not None:
-            self._keep(ended)
+            self._keep(replace(entry, cost=cost, answer=answer))
 
     def settle(self) -> None:
         """All answers so far are kept elsewhere: only what they cost is remembered. No call may be under way."""
         with self._lock:
+            self._answers = {}
             total = Entry(uuid.uuid4().hex, "", self._spent)
-            self._entries, self._answers, self._spent = {}, {}, 0.0
-            self._put(total)
-        self._replace()
-
-    def _put(self, entry: Entry) -> None:
-        """Add an entry, in place of the one of the same name; one that says nothing any more is left out."""
-        before = self._entries.pop(entry.name, None)
-        self._spent += entry.cost - (before.cost if before else 0.0)
-        if entry.cost or entry.answer is not None:
-            self._entries[entry.name] = entry
-        if entry.answer is not None:
-            self._answers[entry.request] = entry.answer
+        self._keep_only(total)
 
     def _keep(self, entry: Entry) -> None:
-        """Make an entry outlive the process."""
+        """Make an entry outlive the process, in place of an earlier one of its name."""
 
-    def _replace(self) -> None:
-        """Make the entries that there are outlive the process, and no others."""
+    def _keep_only(self, entry: Entry) -> None:
+        """The same, in place of all others."""
 
 
 def lines(entries: Iterable[Entry]) -> bytes:

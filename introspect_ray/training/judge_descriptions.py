@@ -102,6 +102,8 @@ def judge_descriptions(config: JudgeDescriptionsConfig, progress: Progress) -> J
                 done += sizes[index]
                 progress(done, sum(sizes), "")
                 _check(result, config)
+    if not any(one.may_pass for one in found if one is not None):
+        journal.settle()
     return _finish(run, [one for one in found if one is not None], journal.spent)
 
 

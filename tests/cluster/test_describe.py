@@ -142,34 +142,38 @@ def test_an_explainer_on_actors_describes_decoder_rows(tmp_path):
     assert {one.source for one in found} == {"explainer:mine"}
 
 
-class Worker:
-    """Says which process it is; ends that for one question, and refuses another."""
+def worker():
+    """A class of actors; made here, so that it ships by its content and not by the name of this file."""
 
-    def __init__(self, fault=None):
-        if fault:
-            raise fault
+    class Worker:
+        def __init__(self, fault=None):
+            if fault:
+                raise fault
 
-    def ask(self, number):
-        if number == "deadly":
-            os._exit(1)
-        if number == "bad":
-            raise UserError("a bad question")
-        if number == "broken":
-            raise ValueError("a broken\nworker")
-        time.sleep(0.05 if number % 3 else 0.3)
-        return number, os.getpid()
+        def ask(self, question):
+            """The question and which process hears it; one ends the process, others are refused."""
+            if question == "deadly":
+                os._exit(1)
+            if question == "bad":
+                raise UserError("a bad question")
+            if question == "broken":
+                raise ValueError("a broken\nworker")
+            time.sleep(0.05 if question % 3 else 0.3)
+            return question, os.getpid()
+
+    return Worker
 
 
 def test_a_pool_grows_to_its_largest_size_and_answers_in_order_whatever_has_no_place():
-    pool = WorkerPool(Worker, (), ActorConfig(num_cpus=0.4, max_size=3))
+    pool = WorkerPool(worker(), (), ActorConfig(num_cpus=0.4, max_size=3))
     found = list(pool.map("ask", [(n,) for n in range(40)]))
     assert [number for number, _ in found] == list(range(40))
     assert len({process for _, process in found}) == pool.size == 3
-    endless = WorkerPool(Worker, (), ActorConfig(num_cpus=0.4, max_size=99))
+    endless = WorkerPool(worker(), (), ActorConfig(num_cpus=0.4, max_size=99))
     assert [number for number, _ in endless.map("ask", [(n,) for n in range(30)])] == list(range(30))
     assert next(endless.map("ask", [(7,), (8,)]))[0] == 7
     assert [number for number, _ in endless.map("ask", [(4,)])] == [4], "what nobody waited for is no answer"
-    assert len(list(WorkerPool(Worker, (), ActorConfig(initial_size=9, max_size=9)).map("ask", []))) == 0
+    assert len(list(WorkerPool(worker(), (), ActorConfig(initial_size=9, max_size=9)).map("ask", []))) == 0
 
 
 @pytest.mark.parametrize(
@@ -188,5 +192,5 @@ def test_a_pool_grows_to_its_largest_size_and_answers_in_order_whatever_has_no_p
 )
 def test_what_actors_fail_of_is_said_in_one_line(fault, question, kind, said):
     with pytest.raises(kind, match=f"^{said}") as error:
-        list(WorkerPool(Worker, (fault,), ActorConfig(num_cpus=0.1)).map("ask", [(question,)]))
+        list(WorkerPool(worker(), (fault,), ActorConfig(num_cpus=0.1)).map("ask", [(question,)]))
     assert type(error.value) is kind and "\n" not in str(error.value)
