@@ -6,7 +6,7 @@ The size of the pool changes speed and nothing else: a chunk is the same whoever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 from introspect_ray.config import ActorConfig, ExplainerConfig
@@ -62,14 +62,26 @@ class AnswerPool:
 
         Raises UserError if the explainer cannot be loaded, RunFailed if its process dies again and again.
         """
-        # Queries of equal length are answered together, so a chunk is as long as its longest query needs.
-        order = sorted(range(len(queries)), key=lambda index: len(queries[index].text))
+        return next(self.answer_groups(version, [queries]))
+
+    def answer_groups(self, version: Version, groups: Sequence[Sequence[Query]]) -> Iterator[list[str]]:
+        """The answers of every group as soon as they are there; the others are under way meanwhile."""
         size = self._batch_size
-        chunks = [order[start : start + size] for start in range(0, len(order), size)]
-        texts = [""] * len(queries)
-        calls = [(version, [queries[index] for index in chunk], size) for chunk in chunks]
-        for chunk, answers in zip(chunks, self._pool.map("answer", calls), strict=True):
-            for index, text in zip(chunk, answers, strict=True):
-                texts[index] = text
-            self._progress(len(chunk))
-        return texts
+        chunks: list[list[list[int]]] = []
+        for queries in groups:
+            # Queries of equal length are answered together, so a chunk is as long as its longest query needs.
+            order = sorted(range(len(queries)), key=lambda index, queries=queries: len(queries[index].text))  # type: ignore[misc]
+            chunks.append([order[start : start + size] for start in range(0, len(order), size)])
+        calls = [
+            (version, [queries[index] for index in chunk], size)
+            for queries, of_group in zip(groups, chunks, strict=True)
+            for chunk in of_group
+        ]
+        answers = self._pool.map("answer", calls)
+        for queries, of_group in zip(groups, chunks, strict=True):
+            texts = [""] * len(queries)
+            for chunk in of_group:
+                for index, text in zip(chunk, next(answers), strict=True):
+                    texts[index] = text
+                self._progress(len(chunk))
+            yield texts

@@ -105,9 +105,11 @@ def describe_latents(config: DescribeConfig, progress: Progress) -> DescribeSumm
     asked = 0
     if left:
         done, failed = map(list, zip(*map(_tally, shards), strict=True))
+        open_rows = [[row for row in shards[index] if row.is_left(config.retry_failed)] for index in left]
         with prepared.open(journal) as describe:
-            for index in left:
-                asked += _describe_shard(config, shards, index, describe)
+            for index, answered in zip(left, describe(open_rows), strict=True):
+                asked += len(answered)
+                shards[index] = _with_answered(shards[index], answered)
                 write_rows(folder, run_key, index, shards[index])
                 journal.settle()
                 done[index], failed[index] = _tally(shards[index])
@@ -129,15 +131,11 @@ def _shards(config: DescribeConfig, prepared: _Prepared, folder: Folder, run_key
     return shards
 
 
-def _describe_shard(config: DescribeConfig, shards: list[list[LatentRow]], index: int, describe: Describe) -> int:
-    """Answer what is left of one shard; the number of latents that were asked about."""
-    rows = shards[index]
-    places = [place for place, row in enumerate(rows) if row.is_left(config.retry_failed)]
-    for place, row in zip(places, describe([rows[place] for place in places]), strict=True):
-        assert (row.layer, row.latent) == (rows[place].layer, rows[place].latent)
-        assert row.candidates or row.failures, "a latent has a description or a reason"
-        rows[place] = row
-    return len(places)
+def _with_answered(rows: Sequence[LatentRow], answered: Sequence[LatentRow]) -> list[LatentRow]:
+    """The rows of a shard, with those that were asked about in their places."""
+    found = {(row.layer, row.latent): row for row in answered}
+    assert all(row.candidates or row.failures for row in answered), "a latent has a description or a reason"
+    return [found.pop((row.layer, row.latent), row) for row in rows]
 
 
 def _check_shard(rows: Sequence[LatentRow]) -> None:

@@ -33,7 +33,7 @@ function load(name, then) {
   document.head.append(script);
 }
 const numbered = (kind, number) => `${kind}-${String(number).padStart(5, "0")}`;
-const short = (value) => (value === 0 ? "0" : value >= 0.001 ? value.toPrecision(3) : value.toExponential(1));
+const short = (value) => (value === 0 ? "0" : Math.abs(value) >= 0.001 ? value.toPrecision(3) : value.toExponential(1));
 
 function listed(rows) {
   for (const [latent, density, maximum, text, score] of rows) {
