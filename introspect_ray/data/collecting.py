@@ -125,7 +125,6 @@ class Collecting:
         wanted = {order.index for order in orders}
         size = self.config.texts_per_shard
         items: list[dict[str, Any]] = []
-        number = -1
         for number, (row, text) in enumerate(self.texts):
             if number // size in wanted:
                 split = SPLITS.index(split_of(text, self.config.split))
@@ -134,8 +133,6 @@ class Collecting:
                 if items:
                     write_items(self.work, self.scans[number // size], items)
                 items = []
-        if number + 1 != self.texts.num_used:
-            raise UserError(f"source {self.config.source.path} has become shorter while it was read")
 
 
 def limits_of(config: CollectConfig) -> Limits:

@@ -38,11 +38,17 @@ class Texts:
         return int(self.usable.sum())
 
     def rows(self) -> Iterator[tuple[int, str, str]]:
-        """(row, text, "") of the usable rows and (row, "", reason) of the others, in file order."""
+        """(row, text, "") of the usable rows and (row, "", reason) of the others, in file order.
+
+        Raises UserError if the source has another number of rows by now.
+        """
+        row = -1
         for row, (text, reason) in enumerate(iter_texts(self.source)):
             if row >= len(self.usable):
                 raise UserError(f"source {self.source.path} has become longer while it was read")
             yield (row, text, "") if self.usable[row] else (row, "", reason or DUPLICATE)
+        if row + 1 < len(self.usable):
+            raise UserError(f"source {self.source.path} has become shorter while it was read")
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         """(row, text) of the usable rows, in file order."""

@@ -273,6 +273,19 @@ def test_rows_of_the_source_are_counted_once_each(tmp_path):
     assert found.num_used == 3
 
 
+def test_a_source_that_changes_between_passes_is_noticed(tmp_path):
+    file = tmp_path / "texts.jsonl"
+    rows_of = [json.dumps({"text": text}) + "\n" for text in ("one", "two", "two", "three")]
+    file.write_text("".join(rows_of))
+    texts = read_texts(SourceConfig(path=str(file)))
+    assert list(texts) == [(0, "one"), (1, "two"), (3, "three")]
+    assert [(row, reason) for row, _, reason in texts.rows() if reason] == [(2, "duplicate_row")]
+    for now, said in ((rows_of[:3], "shorter"), (rows_of * 2, "longer")):
+        file.write_text("".join(now))
+        with pytest.raises(UserError, match=f"has become {said}"):
+            list(texts)
+
+
 def test_folders_that_are_no_exemplars_are_refused(config, stores, tmp_path):
     with pytest.raises(UserError, match=r"has no exemplars.json: choose one of sae, transcoder"):
         open_exemplars(config.output)
