@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from introspect_ray.errors import UserError
 from introspect_ray.features.descriptions import is_text
@@ -81,13 +81,13 @@ def _fault(tokens: Any, values: Any) -> str:
     return "" if max(values) > 0 else "never_fires"
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _interval(row: Mapping[str, Any]) -> tuple[float, float] | None:
     low, high = row.get("binMin"), row.get("binMax")
-    return (float(low), float(high)) if _is_number(low) and _is_number(high) and 0 <= low < high else None  # type: ignore[arg-type]
+    return (float(low), float(high)) if _is_number(low) and _is_number(high) and 0 <= low < high else None
 
 
 def _index(row: Mapping[str, Any], where: str) -> int:
