@@ -186,7 +186,6 @@ def test_no_request_is_lost_with_a_replica(service, expected):
             wait_for(lambda seen=seen: load.answered > seen + 8)
     assert not load.wrong
     assert set(recovery) == set(KINDS)
-    print(recovery, load.answered)
 
 
 def test_an_update_drops_nothing(service, folders, expected):
