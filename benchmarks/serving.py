@@ -24,6 +24,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -188,11 +189,16 @@ def kills(url: str, expected: Sequence[str], options: argparse.Namespace) -> int
     return wrong[0]
 
 
+@lru_cache
+def handle_of(deployment: str) -> serve.handle.DeploymentHandle:
+    return serve.get_deployment_handle(deployment, APPLICATION)
+
+
 def process_of(deployment: str) -> int:
     """Process id of the one replica of a deployment, as soon as there is one that answers."""
     while True:
         try:
-            found = serve.get_deployment_handle(deployment, APPLICATION).broadcast("ping").results(timeout_s=5)
+            found = handle_of(deployment).broadcast("ping").results(timeout_s=5)
         except (TimeoutError, RuntimeError, ray.exceptions.RayError, serve.exceptions.RayServeException):
             found = []
         if len(found) == 1:

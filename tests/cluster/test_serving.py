@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ from introspect_ray.features.sae import load_sae
 from introspect_ray.interventions.target import Target
 from introspect_ray.serving.api import LatentItem, SimulateItem, TokenItem, VectorItem
 from introspect_ray.serving.app import application
-from introspect_ray.serving.client import Client
+from introspect_ray.serving.client import Client, Retries
 from introspect_ray.serving.run import APPLICATION, serving
 
 pytestmark = pytest.mark.timeout(400)
@@ -117,7 +118,7 @@ class Load:
         self.wrong = []
 
     def _ask(self, number):
-        with Client(self._url) as client:
+        with Client(self._url, retries=Retries(most=20)) as client:
             while not self._stop.is_set():
                 for name, item, text in self._expected[number % 2 :: 2]:
                     try:
@@ -143,10 +144,15 @@ class Load:
             thread.join()
 
 
+@lru_cache
+def handle_of(kind):
+    return serve.get_deployment_handle(kind, APPLICATION)
+
+
 def process_of(kind):
     """Process id of the one replica of a deployment; None while there is none that answers."""
     try:
-        (found,) = serve.get_deployment_handle(kind, APPLICATION).broadcast("ping").results(timeout_s=5)
+        (found,) = handle_of(kind).broadcast("ping").results(timeout_s=5)
     except Exception:
         return None
     return found
