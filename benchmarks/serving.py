@@ -1,6 +1,7 @@
 """Load on the service: latency at given rates of requests, and what dynamic batching is worth.
 
     rates      requests start at fixed times whatever becomes of those before (open loop), so that waiting counts
+    kills      every kind of replica is killed (SIGKILL) so many times under 16 clients that send again what was lost
     batching   16 clients that each ask again at once (closed loop), with batches of up to 16 and one by one; both must
                give the library's own answers before anything is timed
 
@@ -8,7 +9,7 @@ Starts the service on this machine with the pocket target and one explainer: `--
 that starts from target A. Prints tables; the last line is one JSON object with `batched`, `unbatched` (requests per
 second), `ratio` and `errors`.
 
-    python benchmarks/serving.py --rates 5 20 40 --seconds 10
+    python benchmarks/serving.py --rates 5 20 40 --kills 3
 """
 
 from __future__ import annotations
@@ -16,13 +17,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import ray
+from ray import serve
 
 from introspect_ray.config import (
     POCKET_FEATURES,
@@ -40,8 +47,9 @@ from introspect_ray.explainer.model import Explainer
 from introspect_ray.explainer.query import Query, Vector
 from introspect_ray.features.sae import load_sae
 from introspect_ray.serving.api import Explanation, LatentItem
+from introspect_ray.serving.calls import EXPLAINERS, target_deployment
 from introspect_ray.serving.client import AsyncClient, Retries, ServiceError
-from introspect_ray.serving.run import serving
+from introspect_ray.serving.run import APPLICATION, serving
 
 NAME = "explainer"
 LATENTS = 128
@@ -61,6 +69,8 @@ def main() -> None:
                 found[kind] = round(rate, 1)
                 found["errors"] += errors
                 print(f"{kind}: {rate:.1f} requests/s with {options.clients} clients, {errors} errors", flush=True)
+                if kind == "batched" and options.kills:
+                    found["errors"] += kills(service.url, expected, options)
                 if kind == "batched":
                     for wanted in options.rates:
                         found["errors"] += asyncio.run(open_loop(service.url, wanted, options.seconds))
@@ -73,6 +83,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--explainer", help="folder of an explainer of pocket:target_a")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=10, help="of each measurement")
+    parser.add_argument("--kills", type=int, default=0, help="of each kind of replica")
     parser.add_argument("--rates", type=float, nargs="*", default=[5, 20], help="requests per second")
     return parser.parse_args()
 
@@ -137,6 +148,62 @@ async def closed_loop(url: str, clients: int, seconds: float) -> tuple[float, in
     started = time.monotonic()
     await asyncio.gather(*(run(number) for number in range(clients)))
     return counts["answers"] / (time.monotonic() - started), counts["errors"]
+
+
+def kills(url: str, expected: Sequence[str], options: argparse.Namespace) -> int:
+    """Wrong and lost answers while replicas die; prints how long it takes until there is another one."""
+    stopped, wrong, answered = threading.Event(), [0], [0]
+
+    async def run(start: int) -> None:
+        async with AsyncClient(url, retries=Retries(most=20)) as client:
+            number = start
+            while not stopped.is_set():
+                try:
+                    wrong[0] += await ask(client, number) != expected[number % LATENTS]
+                except ServiceError:
+                    wrong[0] += 1
+                answered[0] += 1
+                number += options.clients
+
+    async def load() -> None:
+        await asyncio.gather(*(run(number) for number in range(options.clients)))
+
+    thread = threading.Thread(target=lambda: asyncio.run(load()))
+    thread.start()
+    for deployment in (target_deployment("target_a"), EXPLAINERS, "Gateway"):
+        took = []
+        for _ in range(options.kills):
+            before = answered[0]
+            process = process_of(deployment)
+            os.kill(process, signal.SIGKILL)
+            died = time.monotonic()
+            while process_of(deployment) == process:
+                time.sleep(0.05)
+            took.append(time.monotonic() - died)
+            while answered[0] < before + 4 * options.clients:
+                time.sleep(0.05)
+        print(f"{deployment}: killed {options.kills} times, another after {max(took):.1f} s at most", flush=True)
+    stopped.set()
+    thread.join()
+    print(f"{answered[0]} requests while replicas died, {wrong[0]} lost or wrong", flush=True)
+    return wrong[0]
+
+
+@lru_cache
+def handle_of(deployment: str) -> serve.handle.DeploymentHandle:
+    return serve.get_deployment_handle(deployment, APPLICATION)
+
+
+def process_of(deployment: str) -> int:
+    """Process id of the one replica of a deployment, as soon as there is one that answers."""
+    while True:
+        try:
+            found = handle_of(deployment).broadcast("ping").results(timeout_s=5)
+        except (TimeoutError, RuntimeError, ray.exceptions.RayError, serve.exceptions.RayServeException):
+            found = []
+        if len(found) == 1:
+            return found[0]
+        time.sleep(0.05)
 
 
 async def open_loop(url: str, rate: float, seconds: float) -> int:

@@ -80,7 +80,9 @@ def drain(seconds: float) -> None:
     deadline = time.monotonic() + seconds
     try:
         gateway = serve.get_app_handle(APPLICATION)
-        gateway.broadcast("drain").results(timeout_s=seconds)
+        # A new handle hears of its replicas a moment later.
+        while not gateway.broadcast("drain").results(timeout_s=seconds) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
         while any(gateway.broadcast("in_flight").results(timeout_s=seconds)) and time.monotonic() < deadline:
             time.sleep(POLL_S)
     except (RuntimeError, TimeoutError, ray.exceptions.RayError, serve.exceptions.RayServeException):

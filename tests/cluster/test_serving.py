@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from functools import lru_cache
 from urllib.parse import urlencode
 
 import numpy as np
@@ -31,7 +32,7 @@ from introspect_ray.features.sae import load_sae
 from introspect_ray.interventions.target import Target
 from introspect_ray.serving.api import LatentItem, SimulateItem, TokenItem, VectorItem
 from introspect_ray.serving.app import application
-from introspect_ray.serving.client import Client
+from introspect_ray.serving.client import Client, Retries
 from introspect_ray.serving.run import APPLICATION, serving
 
 pytestmark = pytest.mark.timeout(400)
@@ -118,7 +119,7 @@ class Load:
         self.wrong = []
 
     def _ask(self, number):
-        with Client(self._url) as client:
+        with Client(self._url, retries=Retries(most=20)) as client:
             while not self._stop.is_set():
                 for name, item, text in self._expected[number % 2 :: 2]:
                     try:
@@ -144,10 +145,15 @@ class Load:
             thread.join()
 
 
+@lru_cache
+def handle_of(kind):
+    return serve.get_deployment_handle(kind, APPLICATION)
+
+
 def process_of(kind):
     """Process id of the one replica of a deployment; None while there is none that answers."""
     try:
-        (found,) = serve.get_deployment_handle(kind, APPLICATION).broadcast("ping").results(timeout_s=5)
+        (found,) = handle_of(kind).broadcast("ping").results(timeout_s=5)
     except Exception:
         return None
     return found
@@ -187,7 +193,6 @@ def test_no_request_is_lost_with_a_replica(service, expected):
             wait_for(lambda seen=seen: load.answered > seen + 8)
     assert not load.wrong
     assert set(recovery) == set(KINDS)
-    print(recovery, load.answered)
 
 
 def test_an_update_drops_nothing(service, folders, expected):
@@ -215,5 +220,5 @@ def test_the_page_shows_what_the_library_says(service, expected, new_page):
         (levels,) = client.simulate("lexicon", [SimulateItem(description=text, text=item.text)])
     shown = page.locator("ol.heat .level.simulated")
     expect(shown).to_have_count(len(levels.activations), timeout=30_000)
-    titles = [level.get_attribute("title") for level in shown.all()]
-    assert titles == [f"simulated: {level:g}" for level in levels.activations]
+    found = [float(level.get_attribute("title").removeprefix("simulated: ")) for level in shown.all()]
+    assert found == levels.activations

@@ -261,6 +261,14 @@ def test_simulated_and_true_activations_are_the_librarys(ask, models, sae):
     assert given["correlation"] == pytest.approx(np.corrcoef(levels, items[1]["activations"])[0, 1])
 
 
+def test_the_lexicon_knows_the_examples(ask, config):
+    examples = served_models(config).examples
+    texts = [*examples.texts, *(one.text for one in (*examples.patches, *examples.ablations))]
+    items = [{"description": "the word tower", "text": text} for text in texts]
+    found = ask("/v1/simulate", simulator="lexicon", items=items).json()["items"]
+    assert len(found) == 24 and all("activations" in item for item in found)
+
+
 def test_correlations_that_are_not_defined_have_reasons():
     some = np.array([0.0, 1.0, 3.0])
     found = [pearson(*pair) for pair in ((some, 0 * some), (some, 0 * some + 2), (0 * some, some))]
