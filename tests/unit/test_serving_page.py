@@ -1,4 +1,4 @@
-"""The built page in the package is what its sources give, and a wheel holds it."""
+"""The built page in the package is what its sources give, and part of the package's data."""
 
 import filecmp
 import hashlib

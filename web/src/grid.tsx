@@ -12,8 +12,11 @@ const focused = signal<[number, number]>([0, 0]);
 /** One cell per layer and token: the norm of the residual vector, or what it was explained as. */
 export function Grid() {
   const found = reading.value;
+  const hint = explainer.value
+    ? "Numbers are norms. Click a vector to have it explained, a layer to have all of its vectors."
+    : "Numbers are norms. No explainer of this server describes this target's vectors.";
   return (
-    <Card title="Residual stream" id="grid" aside={<p class="hint">Numbers are norms. Click a vector to have it explained, a layer to have all of its vectors.</p>}>
+    <Card title="Residual stream" id="grid" aside={<p class="hint">{hint}</p>}>
       <State of={reading} what="activations" />
       {found && <Table found={found} />}
       <State of={sweep} what="explanations" />

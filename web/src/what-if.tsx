@@ -101,8 +101,8 @@ function Examples({ kind }: { kind: Kind }) {
   if (!offered.length) return null;
   return (
     <div class="examples" role="group" aria-label="Example changes">
-      {offered.map(([label, text, change]) => (
-        <button type="button" class="quiet" key={label} title={label} onClick={() => go({ text, change, subject: null, words: null })}>{label}</button>
+      {offered.map(([label, text, change], index) => (
+        <button type="button" class="quiet" key={index} title={label} onClick={() => go({ text, change, subject: null, words: null })}>{label}</button>
       ))}
     </div>
   );
