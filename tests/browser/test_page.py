@@ -174,6 +174,12 @@ def test_a_span_is_dropped_by_its_first_and_last_token(new_page, server, save):
     assert TEXTS[1][slice(*asked["span"])] == "Hint: camera"
     save(page, "drop")
 
+    panel.get_by_role("button", name="Patch a token").click()
+    panel.get_by_role("group", name="Example changes").get_by_role("button").click()
+    expect(panel.locator(".outcome > p")).to_have_class("right")
+    assert bodies(server, "what_if")[-1]["explainer"] == "changes", "each kind of change has its own explainer"
+    expect(page.locator(".waiting")).to_be_empty()
+
 
 def test_a_link_and_the_history_bring_a_view_back(new_page, server):
     page = visited(new_page, server)

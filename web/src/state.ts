@@ -9,6 +9,8 @@ import { Slot } from "./slot";
 import { projections } from "./vectors";
 import { type Change, EMPTY, type Subject, type View, decode, encode } from "./view";
 
+/** What an explainer must have been trained for to predict a change. */
+export const TASK: Record<Change["kind"], Task> = { patch: "activation_patching", ablate: "input_ablation" };
 /** Items of one request when a whole layer is explained. */
 const BATCH = 8;
 
@@ -62,6 +64,13 @@ export function go(change: Partial<View>): void {
 export const pickSentence = (text: string): void => go({ text, subject: null, words: null, change: null });
 export const pickSubject = (subject: Subject): void => go({ subject, words: null });
 
+/** Has a change predicted and run; who predicted the last one does so again if trained for this kind. */
+export function run(change: Change, more: Partial<View> = {}): void {
+  const { predictor } = view.value;
+  const isAble = explainersFor(TASK[change.kind]).some(({ name }) => name === predictor);
+  go({ ...more, change, predictor: isAble ? predictor : "" });
+}
+
 export function start(): void {
   addEventListener("hashchange", () => void show(decode(location.hash)));
   void load();
@@ -93,12 +102,11 @@ function completed(asked: View, known: Models): View {
   };
   const targetName = choose(asked.target, known.targets.map(({ name }) => name));
   const able = (task: Task) => explainersFor(task, targetName).map(({ name }) => name);
-  const task = asked.change?.kind === "ablate" ? "input_ablation" : "activation_patching";
   const view = {
     ...asked,
     target: targetName,
     explainer: choose(asked.explainer, able("feature_description")),
-    predictor: choose(asked.change ? asked.predictor : "", able(task)),
+    predictor: asked.change ? choose(asked.predictor, able(TASK[asked.change.kind])) : asked.predictor,
     simulator: choose(asked.simulator, simulatorsFor(targetName)),
     text: asked.text || known.examples.texts[0] || "",
   };

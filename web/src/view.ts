@@ -33,7 +33,7 @@ export function encode(view: View): string {
   if (subject?.kind === "token") Object.assign(fields, { layer: subject.layer, token: subject.position });
   if (subject?.kind === "latent") Object.assign(fields, { coder: subject.coder, latent: subject.latent });
   fields.words = view.words;
-  if (change) fields.predictor = view.predictor;
+  fields.predictor = view.predictor;
   if (change?.kind === "patch") {
     Object.assign(fields, { patch: change.position, layers: change.layers.join("-"), from: change.source_position, source: change.source_text });
   }

@@ -1,13 +1,11 @@
 import { signal } from "@preact/signals";
 import { useEffect } from "preact/hooks";
-import type { Task } from "./api";
 import { ChangeResult } from "./change-result";
-import { explainersFor, go, models, outcome, reading, source, readSource, target, view } from "./state";
+import { TASK, explainersFor, go, models, outcome, readSource, reading, run, source, target, view } from "./state";
 import type { Change } from "./view";
 import { Card, Select, State, Strip, visible } from "./widgets";
 
 type Kind = Change["kind"];
-const TASK: Record<Kind, Task> = { patch: "activation_patching", ablate: "input_ablation" };
 const NAME: Record<Kind, string> = { patch: "Patch a token", ablate: "Drop a span" };
 
 /** The change that is being put together; tokens are counted in the sentence and in the source. */
@@ -36,7 +34,7 @@ export function WhatIfCard() {
       <Examples kind={kind} />
       {tokens && (kind === "patch" ? <PatchForm /> : <AblateForm />)}
       <div class="run">
-        <button type="button" class="main" disabled={!drafted() || able.length === 0} onClick={run}>Predict and run</button>
+        <button type="button" class="main" disabled={!drafted() || able.length === 0} onClick={() => { const change = drafted(); if (change) run(change); }}>Predict and run</button>
         {able.length > 1 && <Select label="Explainer" value={able.includes(view.value.predictor) ? view.value.predictor : able[0]!} options={able} onChoose={(name) => go({ predictor: name })} />}
         {able.length === 0 && <p class="hint">No explainer of this server predicts such changes.</p>}
       </div>
@@ -84,11 +82,6 @@ function drafted(): Change | null {
   return replaced && by ? { kind, position: replaced.index, source_text, source_position: by.index, layers } : null;
 }
 
-function run(): void {
-  const change = drafted();
-  if (change) go({ change });
-}
-
 const firstLine = (text: string): string => text.trim().split("\n")[0]!;
 
 function Examples({ kind }: { kind: Kind }) {
@@ -102,7 +95,7 @@ function Examples({ kind }: { kind: Kind }) {
   return (
     <div class="examples" role="group" aria-label="Example changes">
       {offered.map(([label, text, change], index) => (
-        <button type="button" class="quiet" key={index} title={label} onClick={() => go({ text, change, subject: null, words: null })}>{label}</button>
+        <button type="button" class="quiet" key={index} title={label} onClick={() => run(change, { text, subject: null, words: null })}>{label}</button>
       ))}
     </div>
   );
