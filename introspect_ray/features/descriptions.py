@@ -63,6 +63,11 @@ def by_latent(descriptions: Iterable[Description]) -> dict[tuple[int, int], list
     return groups
 
 
+def same_words(text: str) -> str:
+    """Equal for texts that differ in white space or case alone, and so say the same."""
+    return " ".join(text.split()).casefold()
+
+
 def description_line(description: Description) -> str:
     """One line of descriptions.jsonl, without its line break."""
     return json.dumps(asdict(description), ensure_ascii=False, allow_nan=False)
