@@ -73,13 +73,14 @@ class ScoreDescriptionsConfig(Config):
     """jobs/score_descriptions.py: simulate every candidate description on held-out windows, keep the best."""
 
     exemplars: str = "runs/exemplars"
-    """Folder that collect_exemplars.py wrote."""
+    """Folder that collect_exemplars.py wrote, or collect_vectors.py, whose vectors then take the place of latents."""
     descriptions: tuple[str, ...] = ("runs/descriptions",)
     """Files or folders of descriptions; a latent may have several candidates, of several sources."""
     output: str = "runs/scores"
     simulator: SimulatorConfig = SimulatorConfig()
     held_out: Literal["validation", "test"] = "test"
-    """Split of the texts that scores are of; calibrations and thresholds are fitted on the training split."""
+    """Split of the texts that scores are of; calibrations and thresholds are fitted on the training split. Vectors are
+    of test texts themselves: `validation`."""
     controls: tuple[Literal["shuffled", "empty"], ...] = ("shuffled", "empty")
     """What is scored beside the descriptions: another latent's, and none."""
     best_by: Literal["correlation", "paper_compat", "f1"] = "correlation"

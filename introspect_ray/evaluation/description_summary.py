@@ -61,9 +61,11 @@ def summarise(
     for source, rows in sources.items():
         labels: dict[Key, set[tuple[str, str]]] = {}
         for row in rows:
-            texts = [row.description.text, *([first[_key(row)]] if source in CONTROLS else [])]
             mine = labels.setdefault(_key(row), set())
-            mine.update(("text", same_words(text)) for text in texts if text)
+            if row.description.text:
+                mine.add(("text", same_words(row.description.text)))
+            if source in CONTROLS:
+                mine.add(("own text", same_words(first[_key(row)])))
             if _key(row) in known:
                 mine.add(("related", known[_key(row)]))
         found[source] = _summary(rows, independent(labels), options)

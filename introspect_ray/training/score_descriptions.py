@@ -26,6 +26,7 @@ from introspect_ray.data.cluster import connect, quiet_stderr
 from introspect_ray.data.description_files import write_descriptions
 from introspect_ray.data.generate import check_resources
 from introspect_ray.data.identity import identify_target
+from introspect_ray.data.scored_exemplars import Exemplars, VectorStore, check_windows, open_scored
 from introspect_ray.data.storage import Folder
 from introspect_ray.errors import RunFailed, UserError
 from introspect_ray.evaluation.description_scores import (
@@ -39,7 +40,6 @@ from introspect_ray.evaluation.description_summary import render_scores, summari
 from introspect_ray.evaluation.intervals import Bootstrap
 from introspect_ray.explainer.card import is_remote
 from introspect_ray.features.descriptions import Description, by_latent, description_lines
-from introspect_ray.features.exemplar_store import ExemplarStore, open_exemplars
 from introspect_ray.simulator.base import Simulator
 from introspect_ray.simulator.finetuned import LatentSplit
 from introspect_ray.simulator.loading import check_simulator, load_simulator
@@ -77,7 +77,7 @@ class ScoreWorker:
     def __init__(self, config: ScoreDescriptionsConfig, load: LoadSimulator):
         torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
         self.config = config
-        self.store = open_exemplars(config.exemplars)
+        self.store = open_scored(config.exemplars)
         # What a batch holds decides about last bits: a memory that outlives a shard would let them depend on history.
         self.simulator = load(config.simulator.model_copy(update={"cache_tokens": 0}))
 
@@ -102,9 +102,11 @@ def score_descriptions(
     """
     config = _absolute(config)
     check_simulator(config.simulator)
-    store = open_exemplars(config.exemplars)
+    store = open_scored(config.exemplars)
     split = _split(config, store)
     descriptions = _chosen(config, store, split)
+    for part in ("train", config.held_out):
+        check_windows(store, descriptions[0].latent, part)
     everything = [*descriptions, *control_descriptions(descriptions, config.controls, config.seed)]
     claim = _claim(config, store, everything)
     claim.check()
@@ -126,7 +128,7 @@ def score_descriptions(
     return _finish(config, store, split, [row for shard in shards for row in found[shard.index]])
 
 
-def _chosen(config: ScoreDescriptionsConfig, store: ExemplarStore, split: LatentSplit | None) -> list[Description]:
+def _chosen(config: ScoreDescriptionsConfig, store: Exemplars, split: LatentSplit | None) -> list[Description]:
     """The descriptions to score. Raises UserError if there is none."""
     groups = candidates_of(config.descriptions, store)
     if split is not None and config.only != "all":
@@ -138,7 +140,7 @@ def _chosen(config: ScoreDescriptionsConfig, store: ExemplarStore, split: Latent
     return [one for key in drawn(sorted(groups), config.max_latents, config.seed) for one in groups[key]]
 
 
-def _split(config: ScoreDescriptionsConfig, store: ExemplarStore) -> LatentSplit | None:
+def _split(config: ScoreDescriptionsConfig, store: Exemplars) -> LatentSplit | None:
     """What `only` is about; none if it is about nothing. Raises UserError where nothing says so."""
     if config.only == "all":
         return None
@@ -152,7 +154,7 @@ def _split(config: ScoreDescriptionsConfig, store: ExemplarStore) -> LatentSplit
 
 
 def _claim(
-    config: ScoreDescriptionsConfig, store: ExemplarStore, everything: Sequence[Description]
+    config: ScoreDescriptionsConfig, store: Exemplars, everything: Sequence[Description]
 ) -> Claim[ScoreDescriptionsConfig]:
     model = config.simulator.model
     digest = stable_id(model.path if is_remote(model.path) else identify_target(model).model_dump())
@@ -218,7 +220,7 @@ def _on_actors(config: ScoreDescriptionsConfig, shards: Sequence[Shard], load: L
 
 
 def _finish(
-    config: ScoreDescriptionsConfig, store: ExemplarStore, split: LatentSplit | None, scored: Sequence[Scored]
+    config: ScoreDescriptionsConfig, store: Exemplars, split: LatentSplit | None, scored: Sequence[Scored]
 ) -> ScoresSummary:
     """Write what the shards come to."""
     folder = Folder(config.output)
@@ -226,7 +228,7 @@ def _finish(
     controls = [one for one in scored if one.description.source in config.controls]
     best = best_of(own, config.best_by)
     options = Bootstrap(samples=config.bootstrap_samples, confidence=config.confidence, seed=config.seed)
-    summary = summarise(scored, best, options)
+    summary = summarise(scored, best, options, store.groups() if isinstance(store, VectorStore) else None)
     write_descriptions(folder, [one.filled for one in own])
     folder.write(CONTROLS_NAME, description_lines(one.filled for one in controls).encode())
     folder.write(BEST_NAME, description_lines(one.filled for one in best).encode())

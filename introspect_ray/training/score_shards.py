@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from introspect_ray.config import ScoreDescriptionsConfig
+from introspect_ray.data.scored_exemplars import Exemplars
 from introspect_ray.data.storage import Folder
 from introspect_ray.evaluation.description_scores import (
     Scored,
@@ -15,7 +16,6 @@ from introspect_ray.evaluation.description_scores import (
     score_candidates,
 )
 from introspect_ray.features.descriptions import Description, Score
-from introspect_ray.features.exemplar_store import ExemplarStore
 from introspect_ray.simulator.base import Simulator
 from introspect_ray.simulator.cache import CachedSimulator
 
@@ -35,7 +35,7 @@ class Shard:
 
 def write_shard(
     config: ScoreDescriptionsConfig,
-    store: ExemplarStore,
+    store: Exemplars,
     simulator: Simulator,
     shard: Shard,
 ) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from introspect_ray.config import LoggingConfig, TrainerConfig, TrainSimulatorConfig, differences, resolved
 from introspect_ray.data.description_files import read_descriptions
 from introspect_ray.data.identity import identify_target
+from introspect_ray.data.scored_exemplars import Exemplars, check_windows
 from introspect_ray.data.splits import unit_interval
 from introspect_ray.data.storage import TEMPORARY, Folder
 from introspect_ray.errors import UserError
@@ -71,6 +72,7 @@ def prepare(config: TrainSimulatorConfig) -> SimulatorRun:
     base = identify_target(config.model)
     store = open_exemplars(config.exemplars)
     chosen = chosen_descriptions(config, store)
+    check_windows(store, next(iter(chosen))[1], "train")
     text = description_lines(one for candidates in chosen.values() for one in candidates)
     key = stable_id(resolved(relevant(config)), base.model_dump(), store.meta.run_key, text)
     run = SimulatorRun(config, key, len(chosen))
@@ -99,7 +101,7 @@ def chosen_descriptions(config: TrainSimulatorConfig, store: ExemplarStore) -> d
     return {key: good[key] for key in kept}
 
 
-def candidates_of(sources: Sequence[str], store: ExemplarStore) -> dict[LatentKey, list[Description]]:
+def candidates_of(sources: Sequence[str], store: Exemplars) -> dict[LatentKey, list[Description]]:
     """Descriptions of the latents that fire in the exemplars. Raises UserError if there are none."""
     live = {(stats.layer, stats.latent) for stats in store.latents()}
     everything = by_latent(one for source in sources for one in read_descriptions(source))

@@ -231,6 +231,9 @@ def test_latents_with_equal_descriptions_are_one_group():
     assert lexicon.value == pytest.approx((11 * 0.9 + 0.1) / 12) and (lexicon.n, lexicon.num_groups) == (12, 2)
     assert (lexicon.low, lexicon.high) == (pytest.approx(0.1), pytest.approx(0.9))
     assert (empty.n, empty.num_groups) == (12, 2), "no words are no text that latents share; their own descriptions are"
+    swapped = [scored(n, f"text {n}", float(n)) for n in range(6)]
+    swapped += [scored(n, f"text {(n + 1) % 6}", float(n), "shuffled") for n in range(6)]
+    assert summarise(swapped, swapped[:6], OPTIONS)["shuffled"]["correlation"].interval.num_groups == 6
     alone = summarise(rows[:11], rows[:11], OPTIONS)["lexicon"]["correlation"].interval
     assert alone.num_groups == 1 and np.isnan(alone.low)
     related = {(0, n): f"text {n % 2}" for n in range(3)}
