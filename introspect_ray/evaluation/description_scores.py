@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 FAILED = "failed"
 """Reason of a score whose computation raised; the log says what."""
+CHOSEN_BY = "chosen_by_it"
+"""Reason of the paper's score of a candidate that was chosen by it."""
 STAGE_METRICS = ("first_stage_recall", "first_stage_skipped")
 CONTROLS: tuple[Control, ...] = ("shuffled", "empty")
 Pair = tuple[str, LatentExemplars]
@@ -192,6 +194,7 @@ def best_of(scored: Sequence[Scored], metric: str) -> list[Scored]:
 
     The scores of a candidate that was chosen among several are those of the report half: the largest of several values
     on the windows that it was chosen on is too large by chance alone. One without a rival keeps those of all windows.
+    The paper's score is of training windows that have no other half: by it a candidate can be chosen, not reported.
     """
     found: list[Scored] = []
     for _, candidates in sorted(_by_latent(scored).items()):
@@ -199,7 +202,8 @@ def best_of(scored: Sequence[Scored], metric: str) -> list[Scored]:
         if len(candidates) > 1:
             chosen = max(candidates, key=lambda one: _selected_by(one, metric))
             assert chosen.report is not None, "rivals are scored on both halves"
-            chosen = replace(chosen, scores=chosen.report)
+            by_paper = {metric: Score(None, CHOSEN_BY)} if metric == "paper_compat" else {}
+            chosen = replace(chosen, scores={**chosen.report, **by_paper})
         found.append(chosen)
     return found
 

@@ -235,7 +235,8 @@ def _finish(
     facts = [
         ("Exemplars", f"{store.meta.coder}, layer {store.meta.layer}"),
         ("Simulator", config.simulator.model.path),
-        ("Latents", f"{len(best):,}{_part(config, split)}"),
+        ("Latents", f"{len(best):,}"),
+        ("Of", _which(config, split)),
         ("Descriptions", f"{len(own):,}"),
         ("Scored on", f"{config.held_out} texts"),
     ]
@@ -252,13 +253,13 @@ def _finish(
     return ScoresSummary(config.output, summary_table(summary), failed)
 
 
-def _part(config: ScoreDescriptionsConfig, split: LatentSplit | None) -> str:
-    """Which latents these are, for the report."""
+def _which(config: ScoreDescriptionsConfig, split: LatentSplit | None) -> str:
+    """Which latents are scored, for the report."""
     if split is None:
-        return ", trained on by the simulator or not"
-    said = {"held_out": "held out of", "trained": "part of"}[config.only]
-    whose = f" of {config.split_of}" if config.split_of else ""
-    return f", {said} the training{whose} (share held out {split.held_out_share:g}, seed {split.seed})"
+        return "all, whatever the simulator was trained on"
+    whose = config.split_of or "the simulator"
+    said = {"held_out": f"those that {whose} was trained without", "trained": f"those that {whose} was trained on"}
+    return f"{said[config.only]} (share held out {split.held_out_share:g}, seed {split.seed})"
 
 
 def _absolute(config: ScoreDescriptionsConfig) -> ScoreDescriptionsConfig:

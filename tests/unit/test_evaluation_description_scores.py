@@ -1,6 +1,7 @@
 """Controls, the best candidate, and means over latents; the simulation scorer against one call per pair."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from introspect_ray.features.exemplars import Exemplar, LatentExemplars
 from introspect_ray.features.windows import Window
 from introspect_ray.simulator.scores import simulation_scores
 
+PARTS = ("scores", "selection", "report")
 OPTIONS = Bootstrap(samples=500, confidence=0.9, seed=1)
 
 
@@ -156,6 +158,8 @@ def test_the_best_candidate_is_chosen_on_one_half_and_reported_on_the_other():
     assert [one.description.text for one in best] == ["d", "b", "e"]
     assert [one.filled.scores["correlation"] for one in best] == [0.2, 0.3, 0.5]
     assert best[1].filled.scores["label_f1"] == 0.5
+    paper = [replace(row, **{part: {"paper_compat": Score(0.5)} for part in PARTS}) for row in rows[:3]]
+    assert best_of(paper, "paper_compat")[0].scores["paper_compat"].reason == "chosen_by_it"
 
 
 class Noise:
