@@ -180,7 +180,7 @@ def test_merged_parts_are_those_of_one_brute_force_pass(target: Target, tmp_path
     ]
     assert places[0] == places[2] and places[1] == places[3]
     assert whole[2].firing == found[2].firing and whole[2].tokens == found[2].tokens
-    contents = dict(run.corpus)
+    contents = {item["row"]: item["text"] for item in run.corpus}
     # Brute force: every token of every text, one piece of a text at a time.
     rows = list(item_vectors(target, run.items, run.config))
     means = corpus_mean(target, run.config, run.mean_texts[:10])
