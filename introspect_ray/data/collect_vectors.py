@@ -28,6 +28,7 @@ from introspect_ray.data.storage import Folder
 from introspect_ray.data.vector_files import (
     MANIFEST_FILE,
     PLAN_FILE,
+    SCHEMA_VERSION,
     open_vectors,
     read_plan,
     write_plan,
@@ -129,14 +130,13 @@ def collect_vectors(config: CollectVectorsConfig, progress: Progress) -> VectorS
         if run.work.size(PLAN_FILE) is None:
             _make_vectors(run, arguments)
         todo = [order for order in parts if not is_finished(run.work, order)]
-        for order in todo:
-            write_items(run.work, order, parts[order])
+        run.write_parts(todo)
         before = len(parts) - len(todo)
         progress(before, len(parts), "")
         pool: Pool[PartOrder] = Pool(run.work, config.actors, PartWorker, arguments)
         for done, _ in enumerate(run_orders(pool, todo) if todo else (), start=before + 1):
             progress(done, len(parts), "")
-    return VectorSummary(config.output, _finish(run, list(parts)), was_complete=False)
+    return VectorSummary(config.output, _finish(run, parts), was_complete=False)
 
 
 def _make_vectors(run: VectorRun, arguments: dict[str, Any]) -> None:
@@ -176,20 +176,20 @@ def _finish(run: VectorRun, parts: Sequence[PartOrder]) -> dict[str, Any]:
     top, random, counts = merge_parts(run.work, parts, run.config)
     lost, tokens = sum(counts.lost.values()), sum(counts.tokens.values())
     _check_share("tokens", lost, lost + tokens, run)
-    if len(top) < len(rows):
+    if len({number for number, _ in top}) < len(rows):
         raise RunFailed(f"source {run.config.texts.path} has no text of two tokens outside of the test split")
     tokenizer = load_tokenizer(run.config.target)
     window_of = lru_cache(maxsize=None)(lambda ids: window(ids, tokenizer))
     finished = [
-        finished_row(row, number, top[number], random.get(number, []), counts, window_of)
-        for number, row in enumerate(rows)
+        finished_row(row, number, top, random, counts, run.config, window_of) for number, row in enumerate(rows)
     ]
     manifest = {
+        "schema_version": SCHEMA_VERSION,
         "run_key": run.claim.run_key,
         "config": resolved(run.config),
         "vectors": dict(sorted(Counter(row["kind"] for row in rows).items())),
         "failed": failed,
-        "texts": len(run.corpus),
+        "texts": run.num_corpus,
         "tokens": max(counts.tokens.values()),
         "lost_tokens": max(counts.lost.values()),
         "digest": write_vectors(run.folder, finished, len(rows[0]["vector"])),

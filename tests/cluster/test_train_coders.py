@@ -10,7 +10,7 @@ import torch
 from dying_trainer import DyingTrainer
 
 from introspect_ray.config import ModelConfig, SourceConfig, TrainSaeConfig, TrainTranscoderConfig
-from introspect_ray.data.activations import ActivationStream, StreamPlan, block_rows
+from introspect_ray.data.activations import ActivationStream, SharedTexts, StreamPlan, block_rows
 from introspect_ray.data.cluster import connect
 from introspect_ray.data.sources import load_source
 from introspect_ray.data.storage import Folder
@@ -40,7 +40,7 @@ def cluster():
 def blocks(target, plan, texts, block=0, first=0):
     """The parts of a stream, one per block, computed here."""
     while plan.num_blocks is None or block < plan.num_blocks:
-        rows = block_rows(target, plan, pa.array(texts, pa.large_string()), block)
+        rows = block_rows(target, plan, texts, block)
         columns = tuple(torch.from_numpy(rows[place])[first:] for place in plan.places)
         yield Part(block, first, columns)
         block, first = block + 1, 0
@@ -51,13 +51,14 @@ def without_ray(config):
     prepared = prepare(config)
     prepared.claim.write()
     run, target = prepared.run, Target.load(config.target)
+    fitted, held_out = prepared.read(held_out=False), prepared.read(held_out=True)
     plans = [
         StreamPlan(config.target, config.layer, run.places, config.stream, len(texts), seed)
-        for texts, seed in ((prepared.texts, config.seed), (prepared.held_out, None))
+        for texts, seed in ((fitted, config.seed), (held_out, None))
     ]
-    for _ in train(run, lambda block, first: blocks(target, plans[0], prepared.texts, block, first)):
+    for _ in train(run, lambda block, first: blocks(target, plans[0], fitted, block, first)):
         pass
-    return export(run, blocks(target, plans[1], prepared.held_out))
+    return export(run, blocks(target, plans[1], held_out))
 
 
 def test_coder_whose_trainer_died_is_the_one_made_without_ray(tmp_path, monkeypatch):
@@ -84,9 +85,10 @@ def test_coder_whose_trainer_died_is_the_one_made_without_ray(tmp_path, monkeypa
 
 def test_stream_begins_at_any_place_and_keeps_its_order_with_several_actors(tmp_path):
     config = TrainSaeConfig(**SMALL | {"actors": {"num_cpus": 0.5, "initial_size": 2, "max_size": 2}})
-    texts = [row["text"] for row in load_source(config.source, "text", ("text",)).rows][:70]
+    rows = load_source(config.source, "text", ("text",)).rows[:70]
+    texts = pa.chunked_array([pa.array([row["text"] for row in rows], pa.large_string())])
     plan = StreamPlan(ModelConfig(), 1, ("residual",), config.stream, len(texts), None)
-    stream = ActivationStream(plan, texts, config.actors, Folder(str(tmp_path)))
+    stream = ActivationStream(plan, SharedTexts.of(texts), config.actors, Folder(str(tmp_path)))
     parts = list(stream.parts(1, 7))
     expected = list(blocks(Target.load(plan.target), plan, texts, 1, 7))
     assert [part.block for part in expected] == sorted({part.block for part in parts}) == [1, 2, 3, 4]
