@@ -88,50 +88,40 @@ def _lines() -> tuple[RewriteLineConfig, ...]:
     """Lines for the pocket world. Names say which latents come first where it is not the best described ones:
     `needed:` those that the loss needs most, which shows what simulation loses, `random:` any."""
     line = RewriteLineConfig
-    score = (
-        line(name="deleted", kind="deleted"),
-        line(name="oracle", kind="oracle", max_fraction=0.2),
-        line(name="oracle levels", kind="oracle_levels", max_fraction=0.4),
-        line(name="lexicon quantile", max_fraction=0.2),
-        line(name="lexicon linear", scale="linear", max_fraction=0.2),
-        line(name="lexicon raw", scale="raw", max_fraction=0.2),
-        line(name="shuffled", descriptions="shuffled", max_fraction=0.2),
-        line(name="no description", source="none", max_fraction=0.2),
-        line(name="exact reader", simulator="exact"),
-        line(name="random: deleted", kind="deleted", selection="random", max_fraction=0.4),
-        line(name="random: exact reader", simulator="exact", selection="random", max_fraction=0.4),
+    options: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("linear", {"scale": "linear"}),
+        ("detected", {"scale": "detected"}),
+        ("context", {"scale": "context"}),
+        ("contrast", {"descriptions": "contrast"}),
+        ("max of several", {"descriptions": "max"}),
+        ("mean of several", {"descriptions": "mean"}),
+        ("shuffled", {"descriptions": "shuffled"}),
+        ("no false alarms", {"repaired": "false_alarms"}),
+        ("no misses", {"repaired": "misses"}),
+        ("neither", {"repaired": "both"}),
     )
     needed = (
         line(name="needed: deleted", kind="deleted"),
+        line(name="needed: oracle", kind="oracle", max_fraction=0.2),
         line(name="needed: oracle levels", kind="oracle_levels", max_fraction=0.4),
         line(name="needed: quantile", max_fraction=0.2),
-        line(name="needed: linear", scale="linear", max_fraction=0.2),
-        line(name="needed: detected", scale="detected", max_fraction=0.2),
-        line(name="needed: context", scale="context", max_fraction=0.2),
-        line(name="needed: shuffled", descriptions="shuffled", max_fraction=0.2),
+        line(name="needed: raw", scale="raw", max_fraction=0.2),
         line(name="needed: no description", source="none", max_fraction=0.2),
+        *(line(name=f"needed: {name}", max_fraction=0.2, **changes) for name, changes in options),
+        line(name="needed: exact reader", simulator="exact"),
+        *(line(name=f"needed: exact, {name}", simulator="exact", max_fraction=0.2, **how) for name, how in options),
     )
-    exact: tuple[tuple[str, dict[str, Any]], ...] = (
-        ("exact reader", {"max_fraction": 1.0}),
-        ("exact, shuffled", {"descriptions": "shuffled"}),
-        ("exact, linear", {"scale": "linear"}),
-        ("exact, detected", {"scale": "detected"}),
-        ("exact, context", {"scale": "context"}),
-        ("exact, contrast", {"descriptions": "contrast"}),
-        ("exact, max of several", {"descriptions": "max"}),
-        ("exact, mean of several", {"descriptions": "mean"}),
-        ("exact, no false alarms", {"repaired": "false_alarms"}),
-        ("exact, no misses", {"repaired": "misses"}),
-        ("exact, neither", {"repaired": "both"}),
+    score = (
+        line(name="deleted", kind="deleted"),
+        line(name="oracle levels", kind="oracle_levels", max_fraction=0.4),
+        line(name="quantile", max_fraction=0.2),
+        line(name="linear", scale="linear", max_fraction=0.2),
+        line(name="shuffled", descriptions="shuffled", max_fraction=0.2),
+        line(name="exact reader", simulator="exact"),
+        line(name="random: deleted", kind="deleted", selection="random"),
+        line(name="random: exact reader", simulator="exact", selection="random"),
     )
-    read = tuple(
-        line(**{"name": f"needed: {name}", "simulator": "exact", "max_fraction": 0.4, **changes})
-        for name, changes in exact
-    )
-    return tuple(
-        one.model_copy(update={"selection": "contribution"}) if one.name.startswith("needed: ") else one
-        for one in (*score, *needed, *read)
-    )
+    return (*(one.model_copy(update={"selection": "contribution"}) for one in needed), *score)
 
 
 POCKET_LINES = _lines()
@@ -185,7 +175,7 @@ class RewriteConfig(Config):
     lines: tuple[RewriteLineConfig, ...] = POCKET_LINES
     fractions: tuple[Annotated[float, Field(gt=0, le=1)], ...] = P2_FRACTIONS
     """Shares of the live latents that are replaced."""
-    headline: str = "lexicon quantile"
+    headline: str = "needed: quantile"
     """Line that the report is about, at `headline_fraction`."""
     headline_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
     paper_compat: bool = False

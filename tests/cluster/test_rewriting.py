@@ -115,7 +115,7 @@ def test_bad_input_ends_in_one_line_before_anything_starts(tmp_path):
     text.write_text("One two three four.\n\nFive six seven eight.\n")
     missing = "[{name: mine, kind: file, path: /no/such/file}]"
     given = "[{name: finetuned, kind: given, given: {kind: prompted, model: {path: 'pocket:target_a'}}}]"
-    lines, own = "[{name: lexicon quantile}]", "[{name: lexicon quantile, source: mine}]"
+    lines, own = "[{name: 'needed: quantile'}]", "[{name: 'needed: quantile', source: mine}]"
     orders = {
         "few texts": ("rewrite_transformer", ["--source.path", str(text), "--simulators", given, "--lines", lines], {}),
         "no file": ("rewrite_transformer", ["--sources", missing, "--lines", own], {}),

@@ -78,8 +78,8 @@ def test_p2s_baselines_and_top_k_reach_the_measurement():
     [
         ({"headline": "nothing"}, "headline is 'nothing'"),
         ({"headline_fraction": 0.3}, "headline_fraction is 0.3"),
-        ({"lines": (RewriteLineConfig(name="lexicon quantile", source="mine"),)}, "has source mine"),
-        ({"lines": (RewriteLineConfig(name="lexicon quantile"),) * 2}, "each name once"),
+        ({"lines": (RewriteLineConfig(name="needed: quantile", source="mine"),)}, "has source mine"),
+        ({"lines": (RewriteLineConfig(name="needed: quantile"),) * 2}, "each name once"),
         ({"sources": ({"name": "mine", "kind": "file"},)}, "has path ''"),
         ({"simulators": ({"name": "mine", "kind": "given"},)}, "has given: None"),
         ({"question": "What is it?"}, "expected {vector}"),
