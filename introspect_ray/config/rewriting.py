@@ -114,10 +114,9 @@ def _lines() -> tuple[RewriteLineConfig, ...]:
     score = (
         line(name="deleted", kind="deleted"),
         line(name="oracle levels", kind="oracle_levels", max_fraction=0.4),
-        line(name="quantile", max_fraction=0.2),
-        line(name="linear", scale="linear", max_fraction=0.2),
-        line(name="shuffled", descriptions="shuffled", max_fraction=0.2),
         line(name="exact reader", simulator="exact"),
+        line(name="exact, linear", simulator="exact", scale="linear", max_fraction=0.4),
+        line(name="exact, shuffled", simulator="exact", descriptions="shuffled", max_fraction=0.4),
         line(name="random: deleted", kind="deleted", selection="random"),
         line(name="random: exact reader", simulator="exact", selection="random"),
     )
@@ -162,8 +161,8 @@ class RewriteConfig(Config):
     score: str | None = None
     """Name of the score that `selection: score` goes by; none takes the first that a description has."""
     explainer: str | None = None
-    """Folder of a trained explainer: adds its descriptions as the source `explainer`, and of every simulator the lines
-    `explainer, SIMULATOR` and `needed: explainer, SIMULATOR`."""
+    """Folder of a trained explainer: adds its descriptions as the source `explainer`, and of every simulator the line
+    `needed: explainer, SIMULATOR`."""
     question: str = POCKET_FEATURES.question
     """What explainers are asked, with `{vector}` in it: the question that they were trained on."""
     simulator: str | None = None

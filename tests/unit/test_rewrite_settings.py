@@ -32,9 +32,7 @@ def test_an_explainer_is_one_more_source_with_lines_by_every_simulator():
     config = effective(RewriteConfig(explainer="runs/explainer"))
     added = config.lines[len(RewriteConfig().lines) :]
     assert {(one.simulator, one.selection) for one in added} == {
-        ("finetuned", "score"),
         ("finetuned", "contribution"),
-        ("exact", "score"),
         ("exact", "contribution"),
     }
     assert all(one.source == "explainer" and one.max_fraction == config.headline_fraction for one in added)
