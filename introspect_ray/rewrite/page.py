@@ -141,8 +141,11 @@ def _groups(config: RewriteConfig, results: Results) -> list[_Group]:
 
 
 def _plot(results: Results, names: Sequence[str], measure: str) -> _Plot | None:
+    """The lines of some names; the headline is drawn last, above all others, in the colour of text."""
+    headline = results.headline.line
     lines = {
-        name: [(one.fraction, getattr(one.scores, measure).value) for one in results.of_line(name)] for name in names
+        name: [(one.fraction, getattr(one.scores, measure).value) for one in results.of_line(name)]
+        for name in sorted(names, key=lambda name: name == headline)
     }
     levels = {one.name: getattr(one.scores, measure).value for one in results.conditions if one.name in (TRUE, ZERO)}
     plot = lines_plot(lines, levels, is_log=measure == "divergence")
@@ -150,7 +153,8 @@ def _plot(results: Results, names: Sequence[str], measure: str) -> _Plot | None:
         return None
     legend = sorted((line for line in plot.lines if line.points), key=lambda line: line.points[-1][1])
     tones = {
-        name: f"hsl({index * GOLDEN_ANGLE % 360:.0f} 62% {(42, 56)[index % 2]}%)" for index, name in enumerate(names)
+        name: f"hsl({index * GOLDEN_ANGLE % 360:.0f} 62% {(42, 56)[index % 2]}%)" if name != headline else "var(--ink)"
+        for index, name in enumerate(lines)
     }
     return _Plot(_MEASURES[measure], plot, legend, tones)
 

@@ -56,7 +56,7 @@ def test_plots_and_tables_of_a_page():
         "Every fraction",
     ]
     first = page[page.index("read by finetuned") : page.index("All conditions")]
-    assert re.findall(r"<title>(.*?)</title>", first) == ["gone", "mine", "other"] * 2
+    assert re.findall(r"<title>(.*?)</title>", first) == ["gone", "other", "mine"] * 2
     assert "<strong>mine</strong>" in first
     assert "words of &lt;5&gt;" in page and "<mark> &lt;three&gt;</mark> 3.5" in page
     assert page.count("<table") == page.count("</table>") == 5
