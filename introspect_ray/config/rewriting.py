@@ -10,7 +10,7 @@ from introspect_ray.config.base import Config, Fraction
 from introspect_ray.config.resources import ActorConfig, ModelConfig, SourceConfig
 from introspect_ray.config.simulators import SimulatorConfig, TrainSimulatorConfig
 from introspect_ray.config.tasks import POCKET_FEATURES, SplitConfig
-from introspect_ray.config.training import OptimizationConfig, TrainerConfig
+from introspect_ray.config.training import TrainerConfig
 
 Name = Annotated[str, Field(pattern=r"^\w[\w .,:+()-]{0,39}$")]
 Selection = Literal["score", "contribution", "random"]
@@ -46,8 +46,7 @@ class RewriteSimulatorConfig(Config):
     training: TrainSimulatorConfig = TrainSimulatorConfig(
         held_out_share=0,
         label_score="label_f1",
-        optimization=OptimizationConfig(steps=400, learning_rate=2e-3),
-        trainer=TrainerConfig(packing=False, cpus_per_worker=2, checkpoint_every=100),
+        trainer=TrainerConfig(packing=False, cpus_per_worker=2, checkpoint_every=250),
     )
     """`pocket`: how it is trained; its exemplars, descriptions, starting model and output are this run's own. With
     `held_out_share` 0 it knows all descriptions, from other texts; `balanced_share` 1 never reaches the natural base
