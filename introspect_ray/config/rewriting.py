@@ -74,10 +74,10 @@ class RewriteLineConfig(Config):
     """`max` and `mean` combine the levels of all descriptions of a latent; `contrast` subtracts the levels of another
     latent's description ("this, but not that"), chosen on text that is not evaluated on; `shuffled` gives every
     latent the description of another one."""
-    scale: Literal["raw", "linear", "quantile", "shrunk", "detected", "context"] = "quantile"
-    """From level to activation: one unit for all; linear up to each latent's maximum (P2); quantile-normalised; that,
-    times how far the latent's values can be trusted; first whether it fires, then how strongly; that, with a threshold
-    that depends on the context."""
+    scale: Literal["raw", "linear", "fitted", "quantile", "shrunk", "detected", "context"] = "quantile"
+    """From level to activation: one unit for all; linear up to each latent's maximum (P2); linear with the slope of
+    least squared error; quantile-normalised; that, times how far the latent's values can be trusted; first whether it
+    fires, then how strongly; that, with a threshold that depends on the context."""
     repaired: Literal["nothing", "false_alarms", "misses", "both"] = "nothing"
     """What an oracle corrects, to tell what is wrong: activations where there are none, missing ones, or both, which
     leaves wrong strengths alone."""
@@ -90,6 +90,7 @@ def _lines() -> tuple[RewriteLineConfig, ...]:
     line = RewriteLineConfig
     options: tuple[tuple[str, dict[str, Any]], ...] = (
         ("linear", {"scale": "linear"}),
+        ("fitted", {"scale": "fitted"}),
         ("shrunk", {"scale": "shrunk"}),
         ("detected", {"scale": "detected"}),
         ("context", {"scale": "context"}),

@@ -25,6 +25,7 @@ from introspect_ray.rewrite.scales import (
     contrasts,
     fit_detected,
     fit_in_context,
+    fit_slopes,
     linear,
     raw,
 )
@@ -219,6 +220,8 @@ def fit_line(
         scale = raw(line.maximum)
     elif line.config.scale == "linear":
         scale = PaperScale(line.maximum) if paper_compat else linear(line.maximum)
+    elif line.config.scale == "fitted":
+        scale = fit_slopes(own_measured, truth)
     elif line.config.scale == "quantile":
         scale = fit_quantiles(own_measured, truth)
     elif line.config.scale == "shrunk":

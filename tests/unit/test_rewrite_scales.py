@@ -12,6 +12,7 @@ from introspect_ray.rewrite.scales import (
     contrasts,
     fit_detected,
     fit_in_context,
+    fit_slopes,
     linear,
     paper_activation,
     raw,
@@ -176,10 +177,19 @@ def test_values_shrink_as_far_as_they_cannot_be_trusted():
     assert (fit_shrunk(levels, true[::-1]).values(levels, starts) == 0).all(), "always at the wrong tokens"
 
 
+def test_a_fitted_level_is_worth_what_it_was_on_the_fit_texts():
+    levels = np.array([[0.0, 0.0], [5.0, 8.0], [10.0, 0.0], [10.0, 8.0]])
+    true = np.array([[3.0, 1.0], [2.0, 0.0], [6.0, 0.0], [0.0, 0.0]])
+    units = np.array([(5 * 2 + 10 * 6) / (25 + 100 + 100 + 100), 0.0])
+    scale = fit_slopes(levels, true)
+    np.testing.assert_allclose(scale.values(levels, NO_STARTS), levels * units)
+    assert (fit_slopes(np.zeros((4, 2)), true).units == 0).all()
+
+
 def test_a_failed_simulation_is_missing_under_every_scale():
     broken = Levels(LEVELS.index, LEVELS.levels.copy(), NO_STARTS, LEVELS.measured)
     broken.levels[1, 1] = np.nan
-    for scale in ("raw", "linear", "quantile", "shrunk", "detected", "context"):
+    for scale in ("raw", "linear", "fitted", "quantile", "shrunk", "detected", "context"):
         one = fit_line(line(scale=scale), LEVELS, TRUTH, statistics(), np.ones(4), paper_compat=False)
         for repaired in ("nothing", "both"):
             config = one.config.model_copy(update={"repaired": repaired})
