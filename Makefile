@@ -47,7 +47,7 @@ types: $(STAMP)
 
 # The page that the server shows; users need neither node nor this: what it writes is in the repository.
 page:
-	cd web && npm ci && npm run build
+	cd introspect_ray/serving/web && npm ci && npm run build
 
 clean:
 	rm -rf $(VENV) runs

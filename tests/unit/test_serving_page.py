@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-WEB, PAGE = ROOT / "web", ROOT / "introspect_ray" / "serving" / "page"
+PAGE = ROOT / "introspect_ray" / "serving" / "page"
+WEB = PAGE.parent / "web"
 FILES = ["app.css", "app.js", "icon.svg", "index.html"]
 
 
@@ -26,7 +27,7 @@ def test_the_built_page_names_the_sources_that_it_was_built_from():
 
 def test_building_gives_the_same_files(tmp_path):
     if shutil.which("node") is None or not (WEB / "node_modules").is_dir():
-        pytest.skip("needs node and `npm ci` in web/")
+        pytest.skip("needs node and `npm ci` in introspect_ray/serving/web")
     subprocess.run(["node", "build.mjs", tmp_path], cwd=WEB, check=True, timeout=60)
     assert filecmp.cmpfiles(tmp_path, PAGE, FILES, shallow=False) == (FILES, [], []), "run `make page`"
 

@@ -6,7 +6,7 @@ import { join } from "node:path";
 import { build } from "esbuild";
 
 const here = import.meta.dirname;
-const outdir = process.argv[2] ?? join(here, "../introspect_ray/serving/page");
+const outdir = process.argv[2] ?? join(here, "../page");
 
 const sources = readdirSync(join(here, "src")).map((name) => `src/${name}`);
 const digest = createHash("sha256");
