@@ -3,6 +3,7 @@
 Local processes stand for pods: the same entry points, hooks and probes, with configs of pocket size.
 """
 
+import json
 import re
 import shlex
 import subprocess
@@ -29,6 +30,23 @@ POCKET = {
         "max_examples": 16,
         "batch_size": 2,
         "actors": {"min_size": 2, "initial_size": 2, "max_size": 2},
+    },
+    "rewrite_transformer": {
+        "evaluation_texts": 12,
+        "fit_texts": 12,
+        "statistics_texts": 120,
+        "texts_per_shard": 6,
+        "fractions": [0.2],
+        "simulators": [{"name": "exact", "kind": "exact"}],
+        "lines": [
+            {"name": "deleted", "kind": "deleted", "selection": "contribution"},
+            {"name": "labels", "simulator": "exact", "selection": "contribution"},
+        ],
+        "headline": "labels",
+        "bootstrap_samples": 200,
+        "minimum_firings": 3,
+        "target_actors": {"min_size": 1, "initial_size": 2, "max_size": 2},
+        "simulator_actors": {"min_size": 1, "initial_size": 2, "max_size": 2},
     },
     "quickstart": {
         "tasks": ["activation_patching"],
@@ -116,7 +134,7 @@ def test_the_check_is_green(cluster, folder):
         r"head: 0 CPUs",
         r"-> .*: [\d,]+ MB/s\n",
         rf"ok   {folder}\n",
-        "all 3 jobs that were asked",
+        "all 4 jobs that were asked",
     ):
         assert re.search(line, found["logs"]), found["logs"]
     assert re.search(r"STOP train_70b_explainer \(not asked for\)\n +needs 8 processes", found["logs"])
@@ -179,6 +197,20 @@ def test_evaluation_goes_on_when_a_node_is_lost(cluster, folder):
     assert (folder / "evaluation" / "report.html").exists()
 
 
+def test_rewriting_goes_on_when_a_node_is_lost(cluster, folder):
+    output = folder / "rewriting"
+    content = {**POCKET["rewrite_transformer"], "output": str(output)}
+    cluster.submit("rewrite", *entry_point("rewrite", folder, content))
+    wait_for(lambda: list((output / "truth").glob("*")), cluster, "rewrite")
+    cluster.kill("five")
+    cluster.add_worker("six")
+    found = cluster.wait("rewrite", LIMIT_S)
+    assert found["status"] == "SUCCEEDED", found["logs"]
+    assert "is lost (" in found["logs"]
+    conditions = json.loads((output / "scores.json").read_text())["conditions"]
+    assert conditions["labels @ 0.2"]["coverage"] == 1, "what the lost node was asked for was asked again"
+
+
 def test_the_quickstart_runs_undisturbed_on_two_nodes(cluster, folder):
     content = {**POCKET["quickstart"], "output": str(folder / "quickstart")}
     cluster.submit("quickstart", *entry_point("quickstart", folder, content))
@@ -190,12 +222,14 @@ def test_the_quickstart_runs_undisturbed_on_two_nodes(cluster, folder):
 
 def test_a_spot_pod_lets_go_of_its_node(cluster):
     """Its hook, as it stands in the manifest, on the node that Ray takes for this process's: of several, the head."""
-    (hook,) = [
+    hooks = [
         container["lifecycle"]["preStop"]["exec"]["command"]
         for _, pod in pods(list(written_jobs().values()))
         for container in pod["spec"]["containers"]
         if "lifecycle" in container
     ]
+    hook = hooks[0]
+    assert all(other == hook for other in hooks)
     done = subprocess.run(
         hook,
         env=cluster.environment | {"RAY_ADDRESS": cluster.address},

@@ -25,7 +25,7 @@ def rendered():
 
 
 def test_there_is_an_overlay_for_each_use():
-    assert {"try-out", "generate-gpu", "train-70b", "train-70b-kueue"} <= set(OVERLAYS)
+    assert {"try-out", "generate-gpu", "rewrite-gpu", "train-70b", "train-70b-kueue"} <= set(OVERLAYS)
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
@@ -52,10 +52,13 @@ def test_no_secret_is_in_any_file(rendered):
 def test_clusters_shrink_to_no_workers_where_they_are_autoscaled(rendered):
     shared = dict(ray_clusters(rendered["try-out"]))["RayCluster introspect"]
     generation = dict(ray_clusters(rendered["generate-gpu"]))["RayJob generate-dataset"]
-    for cluster in (shared, generation):
+    rewriting = dict(ray_clusters(rendered["rewrite-gpu"]))["RayJob rewrite"]
+    for cluster in (shared, generation, rewriting):
         assert all(group["minReplicas"] == group["replicas"] == 0 for group in cluster["workerGroupSpecs"])
         assert cluster["autoscalerOptions"]["idleTimeoutSeconds"] > 0
-    assert [group["labels"]["ray.io/market-type"] for group in generation["workerGroupSpecs"]] == ["on-demand", "spot"]
+    for cluster in (generation, rewriting):
+        labels = [group["labels"]["ray.io/market-type"] for group in cluster["workerGroupSpecs"]]
+        assert labels == ["on-demand", "spot"]
 
 
 def test_training_has_all_its_gpus_or_none(rendered):
@@ -77,16 +80,26 @@ def test_training_has_all_its_gpus_or_none(rendered):
     )
 
 
-def test_generation_fits_its_nodes(rendered):
-    documents = rendered["generate-gpu"]
-    job = manifests.of_kind(documents, "RayJob")["generate-dataset"]
+@pytest.mark.parametrize(
+    ("overlay", "name", "pools"),
+    [
+        ("generate-gpu", "generate-dataset", ["actors"]),
+        ("rewrite-gpu", "rewrite", ["simulator_actors", "target_actors"]),
+    ],
+)
+def test_actors_fit_their_nodes(rendered, overlay, name, pools):
+    """One actor per node, and a place for each of the largest pool."""
+    documents = rendered[overlay]
+    job = manifests.of_kind(documents, "RayJob")[name]
     config = manifests.entry_config(job, documents)
     groups = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
-    assert config.actors.max_size == sum(group["maxReplicas"] for group in groups)
+    actors = [getattr(config, pool) for pool in pools]
+    assert max(one.max_size for one in actors) == sum(group["maxReplicas"] for group in groups)
     for group in groups:
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-        assert config.actors.num_gpus == int(limits["nvidia.com/gpu"])
-        assert config.actors.num_cpus <= int(limits["cpu"])
+        for one in actors:
+            assert one.num_gpus == int(limits["nvidia.com/gpu"])
+            assert one.num_cpus <= int(limits["cpu"])
 
 
 def test_hooks_are_commands_that_ray_has(rendered):
