@@ -1,7 +1,5 @@
 """k8s/ as tests see it: rendered, checked against schemas, and searched for what no schema knows."""
 
-import gzip
-import json
 import re
 import shlex
 import shutil
@@ -10,10 +8,9 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-import jsonschema
 import yaml
+from manifest_schemas import Document, schema_problems
 from ray.runtime_env import RuntimeEnv
 from ray.scripts.scripts import start
 
@@ -24,14 +21,11 @@ from introspect_ray.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
 K8S = REPOSITORY / "k8s"
-SCHEMAS = Path(__file__).parent / "k8s" / "schemas"
-KINDS_WITHOUT_SCHEMA = ("PodMonitor",)
 SUBMISSION_MODES = ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")
 """The definition takes any text here."""
 RAY_CONTAINERS = ("ray-head", "ray-worker")
 APP, CONFIG = "/app/", "/etc/introspect/"
 """Where the image keeps jobs/ and cluster/, and where pods see their config maps."""
-Document = dict[str, Any]
 
 
 @cache
@@ -73,65 +67,6 @@ def problems(documents: Sequence[Document], whole: bool = True) -> list[str]:
     return found + (reference_problems(documents) if whole else [])
 
 
-# Schemas
-
-
-def schema_problems(document: Document) -> list[str]:
-    """What the API server would refuse, and what it would drop in silence."""
-    kind = document["kind"]
-    if kind in KINDS_WITHOUT_SCHEMA:
-        return []
-    validator = _validator(f"{document['apiVersion']}/{kind}")
-    name = f"{kind} {document['metadata'].get('name')}"
-    return [f"{name}: {error.json_path}: {error.message}" for error in validator.iter_errors(_without_nulls(document))]
-
-
-@cache
-def _validator(kind: str) -> jsonschema.Draft202012Validator:
-    if kind.startswith("ray.io/"):
-        plural = kind.rpartition("/")[2].lower() + "s"
-        with gzip.open(SCHEMAS / f"ray.io_{plural}.yaml.gz") as stream:
-            definition = yaml.load(stream, yaml.CSafeLoader)
-        version = next(one for one in definition["spec"]["versions"] if one["name"] == kind.split("/")[1])
-        schema = strict(version["schema"]["openAPIV3Schema"])
-        schema["properties"]["metadata"] = {"type": "object"}
-        return jsonschema.Draft202012Validator(schema)
-    with gzip.open(SCHEMAS / "kubernetes-1.37.json.gz") as stream:
-        found = json.load(stream)
-    assert kind in found["kinds"], f"no schema for {kind}"
-    return jsonschema.Draft202012Validator(found["kinds"][kind] | {"definitions": found["definitions"]})
-
-
-def strict(schema: Any) -> Any:
-    """A definition's schema with unknown fields refused, which the API server drops in silence.
-
-    Fields with a default need not be there, and what may be a number or a text is either.
-    """
-    if not isinstance(schema, dict):
-        return schema
-    schema = dict(schema)
-    properties = schema.get("properties")
-    if isinstance(properties, dict):
-        schema["properties"] = {name: strict(value) for name, value in properties.items()}
-        required = schema.pop("required", [])
-        schema["required"] = [name for name in required if "default" not in properties.get(name, {})]
-        if not schema.get("x-kubernetes-preserve-unknown-fields"):
-            schema.setdefault("additionalProperties", False)
-    for inner in ("additionalProperties", "items"):
-        if inner in schema:
-            schema[inner] = strict(schema[inner])
-    if schema.get("x-kubernetes-int-or-string"):
-        schema.pop("type", None)
-        schema.setdefault("anyOf", [{"type": "integer"}, {"type": "string"}])
-    return schema
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
-
-
 # What the documents are made of
 
 
@@ -160,6 +95,12 @@ def pods(documents: Sequence[Document]) -> Iterator[tuple[str, Document]]:
 
 def of_kind(documents: Sequence[Document], kind: str) -> dict[str, Document]:
     return {document["metadata"]["name"]: document for document in documents if document["kind"] == kind}
+
+
+def amount(quantity: str) -> float:
+    """A quantity of Kubernetes as a number: "200m" is 0.2."""
+    number, unit = re.fullmatch(r"([\d.]+)(m|[KMGT]i)?", quantity).groups()
+    return float(number) * {None: 1, "m": 1e-3, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}[unit]
 
 
 def made_secrets() -> dict[str, str]:

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import manifests
@@ -100,6 +101,34 @@ def test_actors_fit_their_nodes(rendered, overlay, name, pools):
         for one in actors:
             assert one.num_gpus == int(limits["nvidia.com/gpu"])
             assert one.num_cpus <= int(limits["cpu"])
+
+
+def test_the_queue_of_the_example_admits_the_training(rendered):
+    """All pods that Kueue counts, with each of their resources, fit into its quota; names lead from job to quota."""
+    queue = render(K8S / "kueue")
+    assert problems(queue, whole=False) == []
+    job = manifests.of_kind(rendered["train-70b-kueue"], "RayJob")["train-70b"]
+    labels = job["metadata"]["labels"]
+    local = manifests.of_kind(queue, "LocalQueue")[labels["kueue.x-k8s.io/queue-name"]]
+    assert local["metadata"]["namespace"] == job["metadata"]["namespace"]
+    assert labels["kueue.x-k8s.io/priority-class"] in manifests.of_kind(queue, "WorkloadPriorityClass")
+    spec = manifests.of_kind(queue, "ClusterQueue")[local["spec"]["clusterQueue"]]["spec"]
+    assert spec["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": job["metadata"]["namespace"]}
+    (group,) = spec["resourceGroups"]
+    (flavor,) = group["flavors"]
+    assert flavor["name"] in manifests.of_kind(queue, "ResourceFlavor")
+    quota = {resource["name"]: manifests.amount(resource["nominalQuota"]) for resource in flavor["resources"]}
+    assert set(quota) == set(group["coveredResources"])
+    asked = Counter()
+    for name, pod in pods([job]):
+        groups = {
+            f"RayJob train-70b {one['groupName']}": one for one in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+        }
+        copies = groups.get(name, {}).get("replicas", 1)
+        for container in pod["spec"]["containers"]:
+            for resource, wanted in container["resources"]["requests"].items():
+                asked[resource] += copies * manifests.amount(wanted)
+    assert set(asked) == set(quota) and all(asked[name] <= quota[name] for name in asked), (asked, quota)
 
 
 def test_hooks_are_commands_that_ray_has(rendered):
@@ -208,6 +237,9 @@ def test_planted_mistakes_in_core_kinds_are_found(rendered):
     budget = manifests.of_kind(documents, "PodDisruptionBudget")["train-70b"]
     budget["spec"]["selector"]["matchLabels"]["introspect-ray/workload"] = "train-7b"
     assert any("'ingres' was unexpected" in line for line in problems(documents))
+    queue = render(K8S / "kueue")
+    manifests.of_kind(queue, "ClusterQueue")["introspect"]["spec"]["resourceGroups"][0]["flavor"] = []
+    assert any("'flavor' was unexpected" in line for line in problems(queue, whole=False))
     policy["spec"].pop("ingres")
     assert "PodDisruptionBudget train-70b keeps 2 of 0 pods" in problems(documents)
 
