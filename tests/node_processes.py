@@ -44,7 +44,8 @@ class NodeProcesses:
         self.dashboard, gcs = free_port(), free_port()
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.agents: dict[str, int] = {}
-        """Port of each node's agent, which answers probes."""
+        """Port of each living node's agent, which answers probes."""
+        self._started = 0
         plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         self.without_token = plain | {
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), plain["PATH"]]),
@@ -62,17 +63,29 @@ class NodeProcesses:
         options = [f"--port={gcs}", f"--dashboard-port={self.dashboard}", f"--ray-client-server-port={free_port()}"]
         try:
             self._start("head", "head", *options)
-            self.address = re.findall(r"ray start --address='(\S+)'", (folder / "head.log").read_text())[0]
+            self._wait_until_joined("head")
+            self.address = re.findall(r"ray start --address='(\S+)'", self._log("head").read_text())[0]
         except BaseException:
             self.stop()
             raise
 
-    def add_worker(self, name: str) -> None:
-        self._start(name, "worker", self.address, "--num-cpus=1")
+    def add_workers(self, count: int) -> None:
+        """Start them side by side, and wait until all have joined."""
+        names = [f"worker-{self._started + index}" for index in range(count)]
+        for name in names:
+            self._start(name, "worker", self.address, "--num-cpus=1")
+        for name in names:
+            self._wait_until_joined(name)
+
+    def lose_a_worker(self) -> None:
+        """A worker is gone from one moment to the next; another one joins."""
+        self.kill(next(name for name in self.processes if name != "head"))
+        self.add_workers(1)
 
     def _start(self, name: str, *words: str) -> None:
+        self._started += 1
         self.agents[name] = free_port()
-        log = self.folder / f"{name}.log"
+        log = self._log(name)
         options = [f"--dashboard-agent-listen-port={self.agents[name]}", f"--metrics-export-port={free_port()}"]
         options += [f"--temp-dir={self.temporary / name}", "--object-store-memory=100000000", "--block"]
         with log.open("wb") as stream:
@@ -82,7 +95,12 @@ class NodeProcesses:
                 stdout=stream,
                 stderr=subprocess.STDOUT,
             )
-        deadline = time.monotonic() + START_LIMIT_S
+
+    def _log(self, name: str) -> Path:
+        return self.folder / f"{name}.log"
+
+    def _wait_until_joined(self, name: str) -> None:
+        log, deadline = self._log(name), time.monotonic() + START_LIMIT_S
         while "Ray runtime started" not in log.read_text():
             assert self.processes[name].poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
@@ -90,6 +108,7 @@ class NodeProcesses:
     def kill(self, name: str) -> None:
         """End a node as a machine ends: all of it at once, and without a word."""
         process = self.processes.pop(name)
+        self.agents.pop(name)
         with suppress(psutil.NoSuchProcess):
             tree = psutil.Process(process.pid)
             for part in [*tree.children(recursive=True), tree]:

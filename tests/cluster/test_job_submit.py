@@ -69,8 +69,7 @@ def folder(tmp_path_factory):
 def cluster(tmp_path_factory):
     nodes = NodeProcesses(tmp_path_factory.mktemp("nodes"))
     try:
-        nodes.add_worker("one")
-        nodes.add_worker("two")
+        nodes.add_workers(2)
         yield nodes
     finally:
         nodes.stop()
@@ -145,8 +144,7 @@ def test_generation_goes_on_when_a_node_is_lost(cluster, folder):
     content = {**POCKET["generate_dataset"], "output": str(folder / "dataset")}
     cluster.submit("generate", *entry_point("generate-dataset", folder, content))
     wait_for(lambda: list((folder / "dataset" / "shards").glob("shard-*")), cluster, "generate")
-    cluster.kill("two")
-    cluster.add_worker("three")
+    cluster.lose_a_worker()
     found = cluster.wait("generate", LIMIT_S)
     assert found["status"] == "SUCCEEDED", found["logs"]
     assert re.search(r"node \S+ \w{6} \(1 CPUs\) is lost \(.+\); what ran there is tried again", found["logs"])
@@ -173,8 +171,7 @@ def test_training_is_stopped_and_goes_on_when_a_node_is_lost(cluster, folder):
     before = newest_checkpoint(output)
     cluster.submit("train-again", *entry)
     wait_for(lambda: newest_checkpoint(output) > before, cluster, "train-again")
-    cluster.kill("three")
-    cluster.add_worker("four")
+    cluster.lose_a_worker()
     found = cluster.wait("train-again", LIMIT_S)
     assert found["status"] == "SUCCEEDED", found["logs"]
     assert "is lost (" in found["logs"]
@@ -189,8 +186,7 @@ def test_evaluation_goes_on_when_a_node_is_lost(cluster, folder):
     cluster.submit("evaluate", "python", "jobs/evaluate_explainer.py", "--config", str(folder / "evaluate.yaml"))
     answers = folder / "evaluation" / "answers" / "activation_patching"
     wait_for((answers / "explainer.json").exists, cluster, "evaluate")
-    cluster.kill("four")
-    cluster.add_worker("five")
+    cluster.lose_a_worker()
     found = cluster.wait("evaluate", LIMIT_S)
     assert found["status"] == "SUCCEEDED", found["logs"]
     assert "is lost (" in found["logs"]
@@ -202,8 +198,7 @@ def test_rewriting_goes_on_when_a_node_is_lost(cluster, folder):
     content = {**POCKET["rewrite_transformer"], "output": str(output)}
     cluster.submit("rewrite", *entry_point("rewrite", folder, content))
     wait_for(lambda: list((output / "truth").glob("*")), cluster, "rewrite")
-    cluster.kill("five")
-    cluster.add_worker("six")
+    cluster.lose_a_worker()
     found = cluster.wait("rewrite", LIMIT_S)
     assert found["status"] == "SUCCEEDED", found["logs"]
     assert "is lost (" in found["logs"]

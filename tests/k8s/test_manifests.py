@@ -278,7 +278,7 @@ def test_monitoring_looks_at_ports_and_metrics_that_exist(rendered):
     used = {
         metric
         for panel in board["panels"]
-        for target in panel["targets"]
+        for target in panel.get("targets", [])
         for metric in re.findall(r"\bray_[a-z_0-9]+(?={)", target["expr"])
     }
     import ray.dashboard
@@ -287,7 +287,7 @@ def test_monitoring_looks_at_ports_and_metrics_that_exist(rendered):
     sources = "\n".join(
         path.read_text() for folder in ("metrics", "reporter") for path in sorted((modules / folder).rglob("*.py"))
     )
-    assert len(used) > 10
+    assert len(used) > 20 and any(metric.startswith("ray_serve_") for metric in used)
     unknown = [metric for metric in used if metric not in sources and f'"{metric.removeprefix("ray_")}"' not in sources]
     assert unknown == []
 
