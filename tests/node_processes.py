@@ -172,5 +172,5 @@ class NodeProcesses:
         deadline = time.monotonic() + limit_s
         while self.status(name) in ("PENDING", "RUNNING"):
             assert time.monotonic() < deadline, self.logs(name)
-            time.sleep(0.5)
+            time.sleep(2)
         return self.ask(f"/api/jobs/{name}") | {"logs": self.logs(name)}

@@ -90,10 +90,13 @@ def entry_point(job, folder, content):
 
 
 def wait_for(condition, cluster, job):
-    deadline = time.monotonic() + LIMIT_S
+    """Until the running job has come so far. Files are looked at often; the dashboard, which is slow, now and then."""
+    deadline, asked = time.monotonic() + LIMIT_S, 0.0
     while not condition():
-        assert cluster.status(job) in ("PENDING", "RUNNING"), cluster.logs(job)
-        assert time.monotonic() < deadline, cluster.logs(job)
+        if time.monotonic() - asked > 5:
+            assert cluster.status(job) in ("PENDING", "RUNNING"), cluster.logs(job)
+            asked = time.monotonic()
+        assert asked < deadline, cluster.logs(job)
         time.sleep(0.05)
 
 
@@ -158,7 +161,7 @@ def test_training_is_stopped_and_goes_on_when_a_node_is_lost(cluster, folder):
     output = folder / "explainer"
     content |= {"datasets": [str(folder / "dataset")], "output": str(output)}
     content["trainer"]["checkpoint_every"] = 2
-    content["optimization"]["steps"] = 40
+    content["optimization"]["steps"] = 20
     entry = entry_point("train-70b", folder, content)
     cluster.submit("train", *entry)
     wait_for(lambda: newest_checkpoint(output), cluster, "train")

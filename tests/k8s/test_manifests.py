@@ -9,12 +9,15 @@ from pathlib import Path
 import manifests
 import pytest
 import yaml
-from manifests import K8S, REPOSITORY, pods, problems, ray_clusters, render
+from manifest_problems import problems
+from manifests import K8S, REPOSITORY, pods, ray_clusters, render
+from ray._private import ray_constants
 from ray.scripts.scripts import cli
 
 import introspect_ray.presets
 from introspect_ray.config import TrainConfig
 
+DRAIN_VARIABLE = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 OVERLAYS = sorted(path.parent.name for path in K8S.glob("overlays/*/kustomization.yaml"))
 
 pytestmark = pytest.mark.skipif(manifests.kustomize() is None, reason="no kubectl with kustomize 4 or newer on PATH")
@@ -26,7 +29,7 @@ def rendered():
 
 
 def test_there_is_an_overlay_for_each_use():
-    assert {"try-out", "generate-gpu", "rewrite-gpu", "train-70b", "train-70b-kueue"} <= set(OVERLAYS)
+    assert {"try-out", "generate-gpu", "rewrite-gpu", "train-70b", "train-70b-kueue", "serving"} <= set(OVERLAYS)
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
@@ -47,7 +50,12 @@ def test_base_brings_no_workload():
 
 def test_no_secret_is_in_any_file(rendered):
     assert all(document["kind"] != "Secret" for documents in rendered.values() for document in documents)
-    assert set(manifests.made_secrets()) == {"introspect-ray-token", "introspect-credentials"}
+    assert set(manifests.made_secrets()) == {
+        "introspect-ray-token",
+        "introspect-serving-token",
+        "introspect-redis",
+        "introspect-credentials",
+    }
 
 
 def test_clusters_shrink_to_no_workers_where_they_are_autoscaled(rendered):
@@ -132,17 +140,23 @@ def test_the_queue_of_the_example_admits_the_training(rendered):
 
 
 def test_hooks_are_commands_that_ray_has(rendered):
-    hooks = [
-        container["lifecycle"]["preStop"]["exec"]["command"]
+    """And what they leave running has as long as they say, whichever way SIGTERM takes to Ray."""
+    going = [
+        (pod["spec"], container)
         for documents in rendered.values()
         for _, pod in pods(documents)
         for container in pod["spec"]["containers"]
         if "lifecycle" in container
     ]
-    assert hooks
-    for ray, command, *arguments in hooks:
+    assert going
+    assert hasattr(ray_constants, DRAIN_VARIABLE)
+    for spec, container in going:
+        ray, command, *arguments = container["lifecycle"]["preStop"]["exec"]["command"]
         assert ray == "ray"
-        cli.commands[command].make_context(command, arguments)
+        found = cli.commands[command].make_context(command, arguments).params
+        environment = {entry["name"]: entry.get("value") for entry in container["env"]}
+        assert environment[DRAIN_VARIABLE] == str(found["deadline_remaining_seconds"])
+        assert found["deadline_remaining_seconds"] < spec["terminationGracePeriodSeconds"]
 
 
 PLANTED = {
@@ -230,6 +244,68 @@ def test_planted_mistakes_are_found(rendered, name):
     assert any(expected in line for line in problems(documents)), problems(documents)
 
 
+def _serve(service, old, new):
+    text = service["spec"]["serveConfigV2"]
+    assert old in text
+    service["spec"]["serveConfigV2"] = text.replace(old, new)
+
+
+def _workers(service):
+    return service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]
+
+
+PLANTED_IN_SERVING = {
+    "a key that Serve would drop": (
+        lambda service: _serve(service, "route_prefix:", "route_prefx:"),
+        "applications.route_prefx is not known to Serve",
+    ),
+    "a key that the service lacks": (
+        lambda service: _serve(service, "explainer_replicas:", "explainer_replica:"),
+        "explainer_replica: Extra inputs are not permitted",
+    ),
+    "an application that is not there": (
+        lambda service: _serve(service, ":build", ":builds"),
+        ":builds is not there",
+    ),
+    "more GPUs than nodes have": (
+        lambda service: _serve(service, "num_gpus: 0.5", "num_gpus: 1"),
+        "min_replicas of all deployments want 6 nvidia.com/gpu, 3 nodes have less",
+    ),
+    "a single replica": (
+        lambda service: _serve(service, "min_replicas: 2", "min_replicas: 1"),
+        "may have a single replica",
+    ),
+    "a port that pods are not asked at": (
+        lambda service: _serve(service, "port: 8000", "port: 8001"),
+        "pods are asked at 0.0.0.0:8000",
+    ),
+    "an upgrade with a gap": (
+        lambda service: service["spec"]["upgradeStrategy"].update(type="None"),
+        "upgradeStrategy.type is not NewCluster",
+    ),
+    "requests for pods that are not ready for them": (
+        lambda service: _workers(service)["template"]["spec"]["containers"][0]["readinessProbe"]["httpGet"].update(
+            path="/api/healthz", port=52365
+        ),
+        "lacks a readiness probe of /-/healthz",
+    ),
+    "a key that the secret lacks": (
+        lambda service: _workers(service)["template"]["spec"]["containers"][0]["env"][-1]["valueFrom"][
+            "secretKeyRef"
+        ].update(key="auth_token"),
+        "secret introspect-serving-token has no key auth_token",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED_IN_SERVING)
+def test_planted_mistakes_in_serving_are_found(rendered, name):
+    plant, expected = PLANTED_IN_SERVING[name]
+    documents = copy.deepcopy(rendered["serving"])
+    plant(manifests.of_kind(documents, "RayService")["serving"])
+    assert any(expected in line for line in problems(documents)), problems(documents)
+
+
 def test_planted_mistakes_in_core_kinds_are_found(rendered):
     documents = copy.deepcopy(rendered["train-70b"])
     policy = manifests.of_kind(documents, "NetworkPolicy")["dashboard-in"]
@@ -244,6 +320,10 @@ def test_planted_mistakes_in_core_kinds_are_found(rendered):
     assert "PodDisruptionBudget train-70b keeps 2 of 0 pods" in problems(documents)
 
 
+def _opens_8000(rule):
+    return any(port["port"] == 8000 for port in rule.get("ports", [{"port": 8000}]))
+
+
 def test_who_reaches_the_dashboard(rendered):
     """Only the rule that is meant for it names the port or the head alone."""
     policies = manifests.of_kind(rendered["try-out"], "NetworkPolicy")
@@ -255,6 +335,9 @@ def test_who_reaches_the_dashboard(rendered):
         if any(port["port"] == 8265 for port in rule.get("ports", [{"port": 8265}]))
     ]
     assert open_to == ["dashboard-in", "inside-ray"]
+    serving = manifests.of_kind(rendered["serving"], "NetworkPolicy")
+    asked = [name for name in serving if any(map(_opens_8000, serving[name]["spec"].get("ingress", [])))]
+    assert asked == ["inside-ray", "requests-in"], "tokens travel in plain HTTP: only through a gateway with TLS"
     (inside,) = policies["inside-ray"]["spec"]["ingress"]
     assert inside["from"] == [{"podSelector": policies["inside-ray"]["spec"]["podSelector"]}]
     assert all("from" in rule for policy in policies.values() for rule in policy["spec"].get("ingress", []))
@@ -303,6 +386,7 @@ def test_versions_agree_everywhere(rendered):
         for documents in rendered.values()
         for _, pod in pods(documents)
         for container in pod["spec"]["containers"]
+        if container["name"] != "redis"
     }
     assert images == {f"introspect-ray:{tag}"}
     assert {spec["rayVersion"] for documents in rendered.values() for _, spec in ray_clusters(documents)} == {
