@@ -253,8 +253,15 @@ def _save_streamed(model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]]
         model.generation_config.save_pretrained(path)
 
 
-def load_parts(folder: str, device: str, dtype: str) -> Parts:
-    """Model, tokenizer, projections and card of a saved explainer."""
+def load_parts(
+    folder: str, device: str, dtype: str, adapter: str = "default", shared: nn.Module | None = None
+) -> Parts:
+    """Model, tokenizer, projections and card of a saved explainer.
+
+    Args:
+        adapter: what PEFT calls its adapter, if it is one.
+        shared: a model that holds other adapters of the same base; the adapter is put beside them.
+    """
     card = read_card(folder)
     with local_copy(folder) as path:
         # What a folder says of running its own code is not this process's consent to run it.
@@ -263,9 +270,13 @@ def load_parts(folder: str, device: str, dtype: str) -> Parts:
             if card.weights == "lora":
                 import peft
 
-                start, _, _ = _base(base)
                 tokenizer = load_tokenizer(base.model_copy(update={"path": str(path), "revision": None}))
-                model: nn.Module = peft.PeftModel.from_pretrained(start, str(path))
+                if shared is None:
+                    start, _, _ = _base(base)
+                    model: nn.Module = peft.PeftModel.from_pretrained(start, str(path), adapter_name=adapter)
+                else:
+                    model = shared
+                    cast(Any, shared).load_adapter(str(path), adapter_name=adapter)
             else:
                 own = base.model_copy(update={"path": str(path), "revision": None})
                 model, tokenizer = load_model(own), load_tokenizer(own)

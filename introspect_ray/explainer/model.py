@@ -27,6 +27,7 @@ from introspect_ray.explainer.forward import Collated, collate, logits_at, scale
 from introspect_ray.explainer.merging import merged
 from introspect_ray.explainer.projections import Projections
 from introspect_ray.explainer.query import Query, Vector
+from introspect_ray.explainer.streaming import AnswerStreamer
 
 
 class Inputs(NamedTuple):
@@ -133,12 +134,17 @@ class Explainer(nn.Module):
         self.card = self.card.model_copy(update={"weights": "lora"})
 
     def encode(
-        self, queries: Sequence[Query], answers: Sequence[str] | None, names: Sequence[str] | None = None
+        self,
+        queries: Sequence[Query],
+        answers: Sequence[str] | None,
+        names: Sequence[str] | None = None,
+        max_new_tokens: int | None = None,
     ) -> list[Encoded]:
         """Token ids, loss masks and vector positions, every query checked.
 
         Args:
             names: what an error calls each query; "query 0", "query 1", ... if absent.
+            max_new_tokens: longest answer that will be asked for; the card's if absent.
 
         Raises:
             UserError: a vector does not fit the target or is not finite, or a query is longer than the model reads.
@@ -150,7 +156,7 @@ class Explainer(nn.Module):
             for number, vector in enumerate(query.vectors):
                 self._check_vector(vector, f"{name}: vector {number}")
             one = self.encoder.encode(query, answers[index] if answers is not None else None)
-            length = len(one.ids) + (self.card.max_new_tokens if answers is None else 0)
+            length = len(one.ids) + ((max_new_tokens or self.card.max_new_tokens) if answers is None else 0)
             if limit is not None and length > limit:
                 raise UserError(f"{name}: {length} tokens with its answer, the explainer reads at most {limit}")
             encoded.append(one)
@@ -199,19 +205,29 @@ class Explainer(nn.Module):
         return self.answer(self.encode(queries, answers=None), batch_size)
 
     @torch.no_grad()
-    def answer(self, encoded: Sequence[Encoded], batch_size: int, in_step: bool = False) -> list[str]:
+    def answer(
+        self,
+        encoded: Sequence[Encoded],
+        batch_size: int,
+        in_step: bool = False,
+        max_new_tokens: int | None = None,
+        streamer: AnswerStreamer | None = None,
+    ) -> list[str]:
         """Greedy answers to encoded queries, in their order.
 
         Args:
+            max_new_tokens: longest answer; the card's if absent.
+            streamer: hears the answer of a single query while it is written, and may end it early.
             in_step: the weights are sharded over processes, which all call this with equally many queries; each goes
                 on with its forward passes until all have finished a batch, because each needs all for every one.
         """
+        assert streamer is None or len(encoded) == 1, "one answer is streamed at a time"
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index].ids))
         answers = [""] * len(encoded)
         settings = GenerationConfig(
             do_sample=False,
             num_beams=1,
-            max_new_tokens=self.card.max_new_tokens,
+            max_new_tokens=max_new_tokens or self.card.max_new_tokens,
             eos_token_id=self.encoder.end_id,
             pad_token_id=self.encoder.end_id,
         )
@@ -224,6 +240,7 @@ class Explainer(nn.Module):
                     attention_mask=inputs.attention_mask,
                     generation_config=settings,
                     synced_gpus=in_step,
+                    **({} if streamer is None else {"streamer": streamer, "stopping_criteria": [streamer.is_stopped]}),
                 )
                 for index, ids in zip(indices, generated.tolist(), strict=True):
                     answers[index] = self.encoder.decode(ids)

@@ -1,0 +1,221 @@
+"""The Ray actors of the service: thin shells around what a test calls without Ray.
+
+    gateway --(texts, latents)--> TargetModel-NAME --(vectors, questions)--> gateway --> Explainer
+            --(descriptions, texts)--> Simulator-NAME
+
+Models run in one thread of their own, so that a replica answers health checks and collects the next batch meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import ray
+from ray import serve
+
+from introspect_ray.config import BatchingConfig, ServeConfig, ServedSimulator, ServedTarget
+
+if TYPE_CHECKING:  # torch loads in the replicas that need it
+    from introspect_ray.explainer.query import Query
+    from introspect_ray.serving.api import (
+        AblateRequest,
+        Activations,
+        ActivationsRequest,
+        Explanation,
+        Failed,
+        LatentItem,
+        PatchRequest,
+        Prediction,
+        Simulated,
+        SimulateItem,
+        TokenItem,
+    )
+    from introspect_ray.serving.values import Question, TrueActivations, VectorAt
+
+T = TypeVar("T")
+
+
+class _ModelThread:
+    """The one thread in which a replica's models run."""
+
+    def __init__(self) -> None:
+        import torch
+
+        # Ray sets OMP_NUM_THREADS to the actor's CPUs; torch read it when it was imported, which may be earlier.
+        torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
+        self._executor = ThreadPoolExecutor(1)
+
+    async def run(self, call: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, call, *arguments)
+
+
+def _batched(method: Any, batching: BatchingConfig) -> None:
+    method.set_max_batch_size(batching.max_size)
+    method.set_batch_wait_timeout_s(batching.wait_s)
+
+
+class TargetModel:
+    """A target with its coders."""
+
+    def __init__(self, tree: dict[str, Any], batching: dict[str, Any], vector_entries: int):
+        from introspect_ray.serving.target_model import TargetService
+
+        self._thread = _ModelThread()
+        self._service = TargetService.load(ServedTarget.model_validate(tree), vector_entries)
+        _batched(self._vectors, BatchingConfig.model_validate(batching))
+
+    async def activations(self, request: ActivationsRequest) -> Activations | Failed:
+        return await self._thread.run(self._service.activations, request)
+
+    async def vectors(self, items: Sequence[TokenItem | LatentItem]) -> list[VectorAt | Failed]:
+        return await self._vectors(items)
+
+    @serve.batch
+    async def _vectors(self, requests: list[Sequence[TokenItem | LatentItem]]) -> list[list[VectorAt | Failed]]:
+        found = iter(await self._thread.run(self._service.vectors, [item for items in requests for item in items]))
+        return [[next(found) for _ in items] for items in requests]
+
+    async def true_activations(self, text: str, coder: str, latent: int) -> TrueActivations | Failed:
+        return await self._thread.run(self._service.true_activations, text, coder, latent)
+
+    async def patch(self, request: PatchRequest) -> Question | Failed:
+        return await self._thread.run(self._service.patch, request)
+
+    async def ablate(self, request: AblateRequest, layout: Any) -> Question | Failed:
+        return await self._thread.run(self._service.ablate, request, layout)
+
+    async def ping(self) -> bool:
+        return True
+
+
+class Explainer:
+    """All explainers; a replica holds some of them, and Serve sends a request to one that has its explainer."""
+
+    def __init__(self, tree: dict[str, Any]):
+        from introspect_ray.serving.explainers import ExplainerService
+
+        config = ServeConfig.model_validate(tree)
+        device = "cuda" if config.explainer_replicas.num_gpus else "cpu"
+        most = config.explainers_per_replica
+        self._thread = _ModelThread()
+        self._service = ExplainerService(config.explainers, device, most, config.batching.max_size)
+        for served in config.explainers[:most]:
+            self._service.load(served.name)
+        _batched(self._describe, config.batching)
+
+        async def load(name: str) -> str:
+            await self._thread.run(self._service.load, name)
+            return name
+
+        # Tells Serve which explainers this replica holds, so that requests come here; the number is only known here.
+        self._load = serve.multiplexed(max_num_models_per_replica=most)(load)
+
+    async def describe(self, vectors: Sequence[VectorAt], max_new_tokens: int | None) -> list[Explanation | Failed]:
+        return await self._describe((vectors, max_new_tokens))
+
+    @serve.batch
+    async def _describe(
+        self, requests: list[tuple[Sequence[VectorAt], int | None]]
+    ) -> list[list[Explanation | Failed]]:
+        # Serve cuts batches by model, so all of these are for one explainer.
+        return await self._thread.run(self._service.describe, await self._here(), requests)
+
+    async def stream(self, vector: VectorAt, max_new_tokens: int | None) -> AsyncIterator[str | Explanation | Failed]:
+        """Pieces of text, then the whole."""
+        name, loop = await self._here(), asyncio.get_running_loop()
+        pieces: asyncio.Queue[str | None] = asyncio.Queue()
+        left = False
+
+        def tell(piece: str | None) -> None:
+            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        def run() -> Explanation | Failed:
+            try:
+                return self._service.stream(name, vector, max_new_tokens, tell, lambda: left)
+            finally:
+                tell(None)
+
+        running = asyncio.ensure_future(self._thread.run(run))
+        try:
+            while (piece := await pieces.get()) is not None:
+                yield piece
+            yield await running
+        finally:
+            left = True
+
+    async def predict(self, query: Query) -> Prediction | Failed:
+        name = await self._here()
+        return (await self._thread.run(self._service.predict, name, [query]))[0]
+
+    async def _here(self) -> str:
+        """Name of the explainer that is asked for, after it was loaded."""
+        name: str = await self._load(serve.get_multiplexed_model_id())
+        return name
+
+    async def ping(self) -> bool:
+        return True
+
+
+class Simulator:
+    """A simulator."""
+
+    def __init__(self, tree: dict[str, Any], target: dict[str, Any], batching: dict[str, Any]):
+        from introspect_ray.serving.simulators import SimulatorService
+
+        self._thread = _ModelThread()
+        self._service = SimulatorService.load(
+            ServedSimulator.model_validate(tree), ServedTarget.model_validate(target).model
+        )
+        _batched(self._simulate, BatchingConfig.model_validate(batching))
+
+    async def simulate(self, items: Sequence[SimulateItem]) -> list[Simulated | Failed]:
+        return await self._simulate(items)
+
+    @serve.batch
+    async def _simulate(self, requests: list[Sequence[SimulateItem]]) -> list[list[Simulated | Failed]]:
+        found = iter(await self._thread.run(self._service.simulate, [item for items in requests for item in items]))
+        return [[next(found) for _ in items] for items in requests]
+
+    async def ping(self) -> bool:
+        return True
+
+
+class Gateway:
+    """The HTTP API. Serve gives it the handles of the deployments that it was bound to."""
+
+    def __init__(self, tree: dict[str, Any], models: dict[str, Any], digest: str | None, handles: dict[str, Any]):
+        from introspect_ray.serving.api import Models
+        from introspect_ray.serving.gateway import create_gateway
+        from introspect_ray.serving.handles import ServeModels
+
+        _log_to_stdout()
+        name = serve.get_replica_context().replica_id.unique_id
+        self._guard = create_gateway(
+            ServeConfig.model_validate(tree), Models.model_validate(models), ServeModels(handles), digest, name
+        )
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return self._guard
+
+    def drain(self) -> None:
+        """Refuse new requests from now on."""
+        self._guard.draining = True
+
+    def in_flight(self) -> int:
+        """Requests under way."""
+        return self._guard.in_flight
+
+
+def _log_to_stdout() -> None:
+    """Lines about requests go to the replica's own log file, which Ray keeps."""
+    logger = logging.getLogger("introspect_ray.serving")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.handlers = [handler]

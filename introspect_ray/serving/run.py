@@ -1,0 +1,124 @@
+"""Starting the service on this machine or on a cluster, and stopping it without dropping a request."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+from ray import serve
+
+from introspect_ray.config import ServeConfig
+from introspect_ray.data.cluster import connect, is_elsewhere, is_verbose, quiet_stderr
+from introspect_ray.errors import RunFailed, UserError
+from introspect_ray.serving.api import Models
+from introspect_ray.serving.app import application
+from introspect_ray.serving.auth import checked_digest
+from introspect_ray.serving.table import served_models, with_quickstart
+
+APPLICATION = "introspect_ray"
+POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class Service:
+    """A service that answers."""
+
+    url: str
+    models: Models
+    needs_token: bool
+
+
+@contextmanager
+def serving(config: ServeConfig) -> Iterator[Service]:
+    """The service answers inside the block; on leaving, requests under way are answered, then everything stops.
+
+    Raises UserError for what cannot be served, before Ray starts; RunFailed if a deployment does not start.
+    """
+    config = with_quickstart(config)
+    models = served_models(config)
+    digest = checked_digest(config.auth, config.host)
+    port = config.port or _free_port(config.host)
+    if not is_elsewhere():
+        _check_port(config.host, port)
+    with connect():
+        _check_no_other()
+        location = "EveryNode" if is_elsewhere() else "HeadOnly"
+        level = "INFO" if is_verbose() else "ERROR"
+        with quiet_stderr():
+            serve.start(
+                proxy_location=location,
+                http_options={"host": config.host, "port": port, "request_timeout_s": 2 * config.limits.seconds},
+                logging_config={"log_level": level},
+            )
+        try:
+            _deploy(config, models, digest)
+            yield Service(f"http://{_url_host(config.host)}:{port}", models, digest is not None)
+        finally:
+            with quiet_stderr():
+                drain(config.limits.drain_s)
+                serve.shutdown()
+
+
+def _deploy(config: ServeConfig, models: Models, digest: str | None) -> None:
+    try:
+        with quiet_stderr():
+            serve.run(application(config, models, digest), name=APPLICATION, route_prefix="/")
+    except RuntimeError as error:
+        raise RunFailed(f"the service did not start: {error}") from error
+
+
+def update(config: ServeConfig) -> None:
+    """Bring what is served to another config, replica by replica; requests under way are answered by the old ones."""
+    config = with_quickstart(config)
+    _deploy(config, served_models(config), checked_digest(config.auth, config.host))
+
+
+def drain(seconds: float) -> None:
+    """Refuse new requests, then wait until those under way are answered, at most so long."""
+    deadline = time.monotonic() + seconds
+    try:
+        gateway = serve.get_app_handle(APPLICATION)
+        gateway.broadcast("drain").results(timeout_s=seconds)
+        while any(gateway.broadcast("in_flight").results(timeout_s=seconds)) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+    except (RuntimeError, TimeoutError, ray.exceptions.RayError, serve.exceptions.RayServeException):
+        return  # no gateway is left that could have requests
+
+
+def wait(until: Callable[[], bool] = lambda: False) -> None:
+    """Until it is true, or forever; ends with KeyboardInterrupt on Ctrl-C or SIGTERM."""
+    while not until():
+        time.sleep(POLL_S)
+
+
+def _check_no_other() -> None:
+    """Serve's addresses are a cluster's, not an application's: another one's may be open to all."""
+    if APPLICATION in serve.status().applications or serve.status().proxies:
+        raise UserError("Ray Serve runs on that cluster already: use `serve deploy` with a config file instead")
+
+
+def _free_port(host: str) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _check_port(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        raise UserError(f"host {host!r} with port {port} cannot be listened on: {error.strerror or error}") from None
+
+
+def _url_host(host: str) -> str:
+    if host in ("0.0.0.0", "::"):
+        return socket.gethostname()
+    return f"[{host}]" if ":" in host else host
