@@ -125,10 +125,14 @@ def service_problems(spec: Document) -> list[str]:
     replicas = served_replicas(service_config(spec["serveConfigV2"]))
     for least, nodes in (("min_replicas", group["minReplicas"]), ("max_replicas", group["maxReplicas"])):
         for kind, resource in (("num_cpus", "cpu"), ("num_gpus", "nvidia.com/gpu")):
-            wanted = sum(getattr(one, least) * getattr(one, kind) for one in replicas)
+            wanted = sum(getattr(one, least) * getattr(one, kind) for one in replicas.values())
             if wanted > nodes * amount(limits[resource]):
                 found.append(f"{least} of all deployments want {wanted:g} {resource}, {nodes} nodes have less")
-    if any(one.min_replicas < 2 for one in replicas):
+    (application,) = content["applications"]
+    apart = {one["name"] for one in application.get("deployments", []) if one.get("max_replicas_per_node") == 1}
+    found += [f"{name} may have all its replicas on one node" for name in replicas.keys() - apart]
+    found += [f"there is no deployment {name}" for name in apart - replicas.keys()]
+    if any(one.min_replicas < 2 for one in replicas.values()):
         found.append("a deployment may have a single replica, which takes its requests with it")
     return found
 

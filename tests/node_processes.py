@@ -34,7 +34,8 @@ def free_port() -> int:
 class NodeProcesses:
     """A head without processors, and workers with one each."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, **variables: str):
+        """Start the head. `variables`: of the environment of every node, as pods get them from Secrets."""
         self.folder = folder
         # Short, because sockets lie in it. Each node has a folder of its own there, as machines have: nodes that shared
         # one would take away each other's copies of the working directory.
@@ -55,19 +56,28 @@ class NodeProcesses:
             "RAY_USAGE_STATS_ENABLED": "0",
             # A killed node is missed after seconds, not after a quarter of a minute.
             "RAY_health_check_period_ms": "1000",
+            **variables,
         }
         self.environment = self.without_token | {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(folder / "auth_token"),
         }
-        options = [f"--port={gcs}", f"--dashboard-port={self.dashboard}", f"--ray-client-server-port={free_port()}"]
+        self._of_head = [
+            f"--port={gcs}",
+            f"--dashboard-port={self.dashboard}",
+            f"--ray-client-server-port={free_port()}",
+        ]
         try:
-            self._start("head", "head", *options)
-            self._wait_until_joined("head")
+            self.start_head()
             self.address = re.findall(r"ray start --address='(\S+)'", self._log("head").read_text())[0]
         except BaseException:
             self.stop()
             raise
+
+    def start_head(self) -> None:
+        """For the first time, or again under its old address."""
+        self._start("head", "head", *self._of_head)
+        self._wait_until_joined("head")
 
     def add_workers(self, count: int) -> None:
         """Start them side by side, and wait until all have joined."""
@@ -105,6 +115,13 @@ class NodeProcesses:
             assert self.processes[name].poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
 
+    def take_away(self, name: str) -> None:
+        """End a node as Kubernetes ends a pod that may take its time; returns when it is gone."""
+        self.agents.pop(name)
+        process = self.processes.pop(name)
+        process.terminate()
+        process.wait()
+
     def kill(self, name: str) -> None:
         """End a node as a machine ends: all of it at once, and without a word."""
         process = self.processes.pop(name)
@@ -121,13 +138,17 @@ class NodeProcesses:
             self.kill(name)
         shutil.rmtree(self.temporary, ignore_errors=True)
 
-    def ask(self, path: str, token: bool = True, method: str = "GET") -> Any:
-        """What the dashboard answers; the HTTP status where it refuses."""
+    def ask(self, path: str, token: bool = True, method: str = "GET", content: Any = None) -> Any:
+        """What the dashboard answers, if anything; the HTTP status where it refuses."""
         headers = {"Authorization": f"Bearer {self.token}"} if token else {}
         request = urllib.request.Request(f"http://127.0.0.1:{self.dashboard}{path}", headers=headers, method=method)
+        if content is not None:
+            request.data = json.dumps(content).encode()
+            request.add_header("Content-Type", "application/json")
         try:
-            with urllib.request.urlopen(request, timeout=30) as response:
-                return json.loads(response.read())
+            with urllib.request.urlopen(request, timeout=60) as response:
+                answer = response.read()
+                return json.loads(answer) if answer else None
         except urllib.error.HTTPError as error:
             return error.code
 

@@ -16,6 +16,7 @@ from ray.serve.schema import (
 )
 
 from introspect_ray.config import ReplicaConfig, ServeConfig
+from introspect_ray.serving.calls import EXPLAINERS, simulator_deployment, target_deployment
 
 
 def serve_problems(text: str) -> list[str]:
@@ -45,10 +46,11 @@ def service_config(text: str) -> ServeConfig:
     return ServeConfig.model_validate(application["args"])
 
 
-def served_replicas(config: ServeConfig) -> list[ReplicaConfig]:
-    """Of every deployment."""
-    models = [one.replicas for one in (*config.targets, *config.simulators)]
-    return [config.gateway, config.explainer_replicas, *models]
+def served_replicas(config: ServeConfig) -> dict[str, ReplicaConfig]:
+    """By name of the deployment."""
+    targets = {target_deployment(one.name): one.replicas for one in config.targets}
+    simulators = {simulator_deployment(one.name): one.replicas for one in config.simulators}
+    return {"Gateway": config.gateway, EXPLAINERS: config.explainer_replicas} | targets | simulators
 
 
 def _unknown(content: Mapping[str, Any]) -> Iterator[str]:

@@ -271,6 +271,10 @@ PLANTED_IN_SERVING = {
         lambda service: _serve(service, "num_gpus: 0.5", "num_gpus: 1"),
         "min_replicas of all deployments want 6 nvidia.com/gpu, 3 nodes have less",
     ),
+    "a deployment that is not there": (
+        lambda service: _serve(service, "{name: Explainer,", "{name: Explainers,"),
+        "there is no deployment Explainers",
+    ),
     "a single replica": (
         lambda service: _serve(service, "min_replicas: 2", "min_replicas: 1"),
         "may have a single replica",
