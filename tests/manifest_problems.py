@@ -80,9 +80,9 @@ def pod_problems(pod: Document) -> list[str]:
             if not {"cpu", "memory"} <= resources.get(kind, {}).keys():
                 found.append(f"container {container['name']} has no {kind} for cpu and memory")
         if container["name"] in RAY_CONTAINERS:
-            ports = {port["name"] for port in container["ports"]}
+            asked = container["name"] == "ray-worker" and any(port["name"] == "serve" for port in container["ports"])
             for kind in ("startup", "liveness", "readiness"):
-                wanted = PROXY if kind == "readiness" and "serve" in ports else AGENT
+                wanted = PROXY if kind == "readiness" and asked else AGENT
                 if {key: container.get(f"{kind}Probe", {}).get("httpGet", {}).get(key) for key in wanted} != wanted:
                     found.append(f"container {container['name']} lacks a {kind} probe of {wanted['path']}")
         for entry in container.get("env", []):
@@ -120,6 +120,10 @@ def service_problems(spec: Document) -> list[str]:
     content = yaml.safe_load(spec["serveConfigV2"])
     if content["http_options"] | {"host": "0.0.0.0", "port": PROXY["port"]} != content["http_options"]:
         found.append(f"http_options are {content['http_options']}: pods are asked at 0.0.0.0:{PROXY['port']}")
+    for group in groups(spec["rayClusterConfig"]):
+        ports = group["template"]["spec"]["containers"][0]["ports"]
+        if {"name": "serve", "containerPort": PROXY["port"]} not in ports:
+            found.append(f"group {group.get('groupName', 'head')} has no port serve: there would be no Service")
     (group,) = spec["rayClusterConfig"]["workerGroupSpecs"]
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     replicas = served_replicas(service_config(spec["serveConfigV2"]))

@@ -27,8 +27,11 @@ START_LIMIT_S = 240
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+    """One that nobody else takes meanwhile: above the ports of Ray's workers, below those that the system hands out."""
+    while True:
+        port = secrets.choice(range(20000, 32000))
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 class NodeProcesses:

@@ -283,6 +283,12 @@ PLANTED_IN_SERVING = {
         lambda service: _serve(service, "port: 8000", "port: 8001"),
         "pods are asked at 0.0.0.0:8000",
     ),
+    "a head without the port of the Service": (
+        lambda service: service["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"][0][
+            "ports"
+        ].pop(2),
+        "group head has no port serve",
+    ),
     "an upgrade with a gap": (
         lambda service: service["spec"]["upgradeStrategy"].update(type="None"),
         "upgradeStrategy.type is not NewCluster",
