@@ -90,6 +90,18 @@ def kill_an_actor(folder, driver, rng):
     return 0
 
 
+def finished_shards(folder):
+    return len(list((folder / "out" / "shards").glob("shard-*")))
+
+
+def wait_for_a_new_shard(folder, driver, seen):
+    deadline = time.monotonic() + START_LIMIT_S
+    while finished_shards(folder) <= seen:
+        assert driver.poll() is None, driver.communicate()[0]
+        assert time.monotonic() < deadline, "no shard was finished"
+        time.sleep(0.02)
+
+
 def test_actors_and_drivers_killed_at_random(tmp_path):
     folder = tmp_path / "disturbed"
     (tmp_path / "undisturbed").mkdir()
@@ -103,17 +115,18 @@ def test_actors_and_drivers_killed_at_random(tmp_path):
         while killed < wanted:
             killed += kill_an_actor(folder, driver, rng)
         actors_killed += killed
-        time.sleep(rng.uniform(0.05, 0.8))
+        wait_for_a_new_shard(folder, driver, shards_seen[-1] if shards_seen else 0)
+        time.sleep(rng.uniform(0.0, 0.8))
         assert driver.poll() is None, "the work was done before all kills"
         driver.kill()
         driver.wait()
         drivers_killed += 1
-        shards_seen.append(len(list((folder / "out" / "shards").glob("shard-*"))))
+        shards_seen.append(finished_shards(folder))
     disturbed, driver = start(folder, delay=0.02)
     kill_an_actor(folder, driver, rng)
     output = end(driver)
     assert actors_killed + drivers_killed >= 10
-    assert 0 < shards_seen[-1] < 100, f"kills came in the middle of the work: {shards_seen}"
+    assert 0 < shards_seen[0] < shards_seen[-1] < 100, f"kills came in the middle of the work: {shards_seen}"
     assert "of 100 shards in this run)" in output
     one, other = open_dataset(undisturbed.output), open_dataset(disturbed.output)
     assert one.manifest.num_records == 3000
