@@ -151,15 +151,39 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        place = [str(part) for part in first["loc"] if part != "body"]
-        message = "the body is no JSON" if first["type"] == "json_invalid" else first["msg"]
-        return _failure(request, failed("bad_request", message, ".".join(place) or None))
+        return _failure(request, _invalid(error.errors()[0]))
 
     @app.exception_handler(HTTPException)
     async def plain(request: Request, error: HTTPException) -> Response:
         code = _CODES.get(error.status_code, "bad_request")
         return _failure(request, failed(code, str(error.detail)), error.status_code, error.headers)
+
+
+_KINDS = ("token", "vector", "latent", "patch", "ablate")
+
+
+def _invalid(error: Any) -> Failed:
+    """What pydantic found first, without anything that the request says: not every message of its is without."""
+    place: list[str] = []
+    before: Any = None
+    for part in error["loc"][1:]:
+        # Between an item's number and its field stands the alternative that was read.
+        is_alternative = part in _KINDS if before is None or isinstance(before, int) else False
+        if not is_alternative and not str(part)[:1].isupper():
+            place.append(str(part))
+        before = part
+    messages = {
+        "json_invalid": "the body is no JSON",
+        "extra_forbidden": "a key that is not known",
+        "union_tag_invalid": f"expected one of {error.get('ctx', {}).get('expected_tags')}",
+    }
+    if error["type"] == "json_invalid":
+        place = []
+    elif error["type"] == "extra_forbidden":
+        place.pop()
+    elif error["type"] == "union_tag_invalid":
+        place.append("kind")
+    return failed("bad_request", messages.get(error["type"], error["msg"]), ".".join(place) or None)
 
 
 def _failure(request: Request, failure: Failed, status: int | None = None, headers: Any = None) -> Response:
