@@ -7,7 +7,8 @@ coders: the k largest, scattered into dense latents.
 
 Before anything is timed, both look at the same contexts: every activation of every token but the first (which ours
 leaves out) is compared, and so are the number of firings and the maximum of each latent. Then memory: our scans and
-merges of N and of 10 N tokens, in a fresh process each, with shards of the same size. Last one JSON object:
+merges of N and of 10 N tokens, in a fresh process each, with shards of the same size. With `--state FILE` every step is
+kept as it is done, and the same command goes on after a stop. Last one JSON object:
 
     ours, peer              tokens per second of CPU time, median over the rounds
     ratio                   ours / peer of the same round, median over the rounds
@@ -24,7 +25,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -46,8 +46,8 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from introspect_ray.config import CollectConfig
-from introspect_ray.data.collecting import BlockOrder, ScanOrder
-from introspect_ray.data.merging import CoderScans, merge_block
+from introspect_ray.data.collecting import ScanOrder
+from introspect_ray.data.merging import BlockOrder, ChooseOrder, GatherOrder, Merging
 from introspect_ray.data.scanning import Scanner, scan_shard, scan_texts
 from introspect_ray.data.shards import write_items
 from introspect_ray.data.storage import Folder
@@ -188,19 +188,47 @@ def cpu_rate(call: Callable[[], Any], tokens: int) -> float:
     return tokens / (time.process_time() - start)
 
 
-def measure(setting: Setting, rounds: int, contexts: int, batch_size: int) -> dict[str, float]:
+class Steps:
+    """Results of steps by name; those of an earlier process with the same arguments are taken as they are."""
+
+    def __init__(self, file: Path | None, about: str):
+        self._file, self._about = file, about
+        lines = file.read_text().splitlines() if file and file.exists() else []
+        rows = [json.loads(line) for line in lines]
+        self._found = {row["step"]: row["result"] for row in rows if row["about"] == about}
+
+    def __contains__(self, step: str) -> bool:
+        return step in self._found
+
+    def do(self, step: str, call: Callable[[], Any]) -> Any:
+        """What `call` gives, or gave."""
+        if step not in self._found:
+            self._found[step] = call()
+            if self._file:
+                with self._file.open("a") as file:
+                    file.write(json.dumps({"about": self._about, "step": step, "result": self._found[step]}) + "\n")
+        return self._found[step]
+
+
+def rates(setting: Setting, number: int, contexts: int, batch_size: int) -> tuple[float, float]:
+    """Tokens per second of either side."""
+    texts = make_texts(contexts, first=1000 * (number + 1))
+    tokens = token_matrix(setting, texts)
+    return (
+        cpu_rate(lambda: scan_texts(setting.scanner, setting.config, texts), tokens.numel()),
+        cpu_rate(lambda: run_delphi(setting, tokens, batch_size), tokens.numel()),
+    )
+
+
+def measure(setting: Setting, steps: Steps, rounds: int, contexts: int, batch_size: int) -> dict[str, float]:
     ours, peer = [], []
-    for number in range(rounds + 1):
-        texts = make_texts(contexts, first=1000 * (number + 1))
-        tokens = token_matrix(setting, texts)
-        rates = (
-            cpu_rate(lambda texts=texts: scan_texts(setting.scanner, setting.config, texts), tokens.numel()),
-            cpu_rate(lambda tokens=tokens: run_delphi(setting, tokens, batch_size), tokens.numel()),
-        )
-        print(f"round {number}{' (not counted)' if not number else ''}: {rates[0]:.0f} and {rates[1]:.0f} tokens/s")
-        if number:
-            ours.append(rates[0])
-            peer.append(rates[1])
+    if any(f"round {number}" not in steps for number in range(1, rounds + 1)):
+        rates(setting, 0, contexts, batch_size)  # what a process does for the first time is not counted
+    for number in range(1, rounds + 1):
+        found = steps.do(f"round {number}", lambda number=number: rates(setting, number, contexts, batch_size))
+        print(f"round {number}: {found[0]:.0f} and {found[1]:.0f} tokens/s", flush=True)
+        ours.append(found[0])
+        peer.append(found[1])
     return {
         "ours": statistics.median(ours),
         "peer": statistics.median(peer),
@@ -218,20 +246,31 @@ def collect_all(setting: Setting, num_shards: int) -> int:
             items = [vars(text) for text in make_texts(config.texts_per_shard, shard * config.texts_per_shard)]
             write_items(work, order, items)
             scan_shard(setting.scanner, config, work, order, "run")
-        scans = CoderScans(work, config, 0, num_shards)
-        for block in range(-(-setting.coder.num_latents // config.latents_per_block)):
-            merge_block(scans, output, BlockOrder(block, "key"), block, setting.coder.num_latents)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        merging = Merging(config, work, "key", (output,), (setting.coder.num_latents,), num_shards)
+        for step in (ChooseOrder, GatherOrder, BlockOrder):
+            for order in merging.orders(step):
+                merging.make(order)
+    return peak_kib()
 
 
-def memory(arguments: argparse.Namespace) -> dict[str, float]:
-    """Peaks of fresh processes."""
+def peak_kib() -> int:
+    """Peak memory of this process. Not `ru_maxrss`, which starts at what the process was that started this one."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1])
+
+
+def peak(shards: int, latents: int) -> float:
+    """Peak memory in MiB of a fresh process that collects from so many shards."""
+    command = [sys.executable, __file__, "--collect", str(shards), "--latents", str(latents)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1]) / 1024
+
+
+def memory(arguments: argparse.Namespace, steps: Steps) -> dict[str, float]:
     peaks = []
     for shards in (arguments.shards, 10 * arguments.shards):
-        command = [sys.executable, __file__, "--collect", str(shards), "--latents", str(arguments.latents)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        peaks.append(int(done.stdout.split()[-1]) / 1024)
-        print(f"{shards * 16 * CONTEXT} tokens: peak {peaks[-1]:.0f} MiB")
+        peaks.append(steps.do(f"memory of {shards}", lambda shards=shards: peak(shards, arguments.latents)))
+        print(f"{shards * 16 * CONTEXT} tokens: peak {peaks[-1]:.0f} MiB", flush=True)
     return {"peak_mib": peaks[0], "peak_mib_10x": peaks[1], "memory_growth": peaks[1] / peaks[0] - 1}
 
 
@@ -239,11 +278,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--latents", type=int, default=32_768)
     parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--contexts", type=int, default=16, help="of 256 tokens, per round and side")
     parser.add_argument("--batch-size", type=int, default=16, help="contexts that delphi runs at once")
-    parser.add_argument("--shards", type=int, default=2, help="of 16 contexts, in the smaller run of the memory test")
+    parser.add_argument("--shards", type=int, default=1, help="of 16 contexts, in the smaller run of the memory test")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory test out")
+    parser.add_argument("--state", type=Path, help="file in which finished steps are kept")
     parser.add_argument("--collect", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     batch_size = min(arguments.batch_size, arguments.contexts)
@@ -255,12 +295,13 @@ def main() -> None:
     if arguments.collect is not None:
         print(collect_all(setting, arguments.collect))
         return
-    difference = check(setting, make_texts(4), 4)
-    print(f"activations, counts and maxima agree: the largest difference is {difference:.2g}")
-    result = measure(setting, arguments.rounds, arguments.contexts, batch_size)
+    steps = Steps(arguments.state, f"{arguments.latents} {arguments.k} {arguments.contexts} {batch_size}")
+    difference = steps.do("check", lambda: check(setting, make_texts(4), 4))
+    print(f"activations, counts and maxima agree: the largest difference is {difference:.2g}", flush=True)
+    result = measure(setting, steps, arguments.rounds, arguments.contexts, batch_size)
     result["max_difference"] = difference
     if not arguments.no_memory:
-        result |= memory(arguments)
+        result |= memory(arguments, steps)
     print(json.dumps({name: float(f"{value:.4g}") for name, value in result.items()}))
 
 

@@ -13,7 +13,7 @@ def collect(config: CollectConfig) -> str:
     """Collect with a progress bar per stage; one line about what was written."""
     from introspect_ray.data.collect import collect_exemplars  # Ray and torch load only after the config is checked
 
-    units = {"scan": "shard", "merge": "block"}
+    units = {"scan": "shard", "choose": "block", "gather": "shard", "merge": "block"}
     with ExitStack() as stack:
         bars = {}
 

@@ -15,8 +15,8 @@ import torch
 
 from introspect_ray.config import CollectConfig
 from introspect_ray.data.collect import finish_coder
-from introspect_ray.data.collecting import block_place, plan_collection
-from introspect_ray.data.merging import CoderScans, merge_block
+from introspect_ray.data.collecting import plan_collection
+from introspect_ray.data.merging import BlockOrder, ChooseOrder, GatherOrder, Merging, StepInfo
 from introspect_ray.data.scanning import Scanner, finished_info, scan_shard
 from introspect_ray.features import exemplar_store
 from introspect_ray.features.exemplar_store import ExemplarStore, open_exemplars
@@ -55,15 +55,15 @@ def collect_here(config: CollectConfig, scanner: Scanner) -> dict[str, ExemplarS
     plan.write_plan(todo)
     for order in todo:
         scans[order.index] = scan_shard(scanner, config, plan.work, order, "run")
-    num_latents = [coder.card.num_latents for coder in plan.coders]
-    blocks = {}
-    for order in plan.blocks:
-        coder, block = block_place(order.index, num_latents, config.latents_per_block)
-        of_coder = CoderScans(plan.work, config, coder, len(plan.scans))
-        folder = plan.coder_folder(plan.coders[coder])
-        blocks[order.index] = merge_block(of_coder, folder, order, block, num_latents[coder])
-    for number in range(len(plan.coders)):
-        finish_coder(plan, number, scans, {}, blocks)
+    merging = Merging.of(plan)
+    for step in (ChooseOrder, GatherOrder):
+        for order in merging.orders(step):
+            merging.make(order)
+    blocks: list[list[StepInfo]] = [[] for _ in plan.coders]
+    for order in merging.orders(BlockOrder):
+        blocks[merging.place(order)[0]].append(merging.make(order))
+    for number, infos in enumerate(blocks):
+        finish_coder(plan, number, scans, {}, infos)
     return {coder.name: open_exemplars(plan.coder_folder(coder).url) for coder in plan.coders}
 
 

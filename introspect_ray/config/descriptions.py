@@ -151,6 +151,9 @@ class ConvertDescriptionsConfig(Config):
     """delphi's name of what the coder is of."""
     delphi_best_by: str | None = None
     """Of several candidates of a latent delphi's layout holds one: the best by this score, or none: the first."""
+    delphi_simulation: str = "simulation/correlation"
+    """The score that is written as delphi's correlation of simulation, as read from delphi; of score_descriptions.py it
+    is `correlation`."""
 
 
 class JudgeConfig(Config):

@@ -81,6 +81,22 @@ class CollectConfig(Config):
         return self
 
 
+class ImportExemplarsConfig(Config):
+    """jobs/import_exemplars.py: exemplars from Neuronpedia's bulk files of one source."""
+
+    source: str = "runs/neuronpedia"
+    """Folder of one source, with `features/` and `activations/` (any fsspec URL), as in `v1/MODEL/SOURCE`."""
+    output: str = "runs/exemplars"
+    """A new folder (any fsspec URL)."""
+    target: ModelConfig = ModelConfig()
+    """The model that read the texts; its tokenizer gives the ids of their tokens."""
+    kind: Literal["sae", "transcoder"] = "sae"
+    split: SplitConfig = SplitConfig(train=0.6, validation=0.1, test=0.3)
+    """Shares of the windows, by a hash of their text."""
+    latents_per_block: Annotated[int, Field(ge=1)] = 1024
+    """Consecutive latents that lie in one file, and are in memory at once."""
+
+
 class BrowseConfig(Config):
     """jobs/browse_latents.py: a page from which the latents of one coder are looked at, from disk."""
 
@@ -88,6 +104,8 @@ class BrowseConfig(Config):
     """Folder of one coder's exemplars (any fsspec URL); may stand alone, without `--exemplars`."""
     descriptions: tuple[str, ...] = ()
     """Files descriptions.jsonl, or folders that hold one."""
+    score: str = "correlation"
+    """The score that the candidates of a latent, and latents, are ranked by; those without it are listed apart."""
     output: str | None = None
     """Folder (any fsspec URL) for the page and its data; none: `page` in the folder of the exemplars."""
     top: Annotated[int, Field(ge=0)] = 10

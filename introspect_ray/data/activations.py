@@ -1,6 +1,6 @@
 """Activations of a target on texts, streamed by Ray Data.
 
-    caller  texts -> object store (once per node) ;  block numbers as rows
+    driver  texts -> object store (once per node) ;  caller: block numbers as rows
     actors  TargetReader x min..max: load target once; per block: tokens -> early-stopped pass -> rows of activations
     caller  parts in the order of the blocks, as fast as it takes them (Ray holds the actors back otherwise)
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import uuid
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -65,12 +65,31 @@ class StreamPlan:
         return None if self.seed is not None else -(-self.num_texts // self.stream.texts_per_block)
 
 
+@dataclass(frozen=True)
+class SharedTexts:
+    """Texts in Ray's object store, and how many. Ships as their reference, so that whoever ships it has no copy."""
+
+    reference: ray.ObjectRef
+    count: int
+
+    @classmethod
+    def of(cls, texts: pa.ChunkedArray) -> SharedTexts:
+        return cls(ray.put(texts), len(texts))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self) -> pa.ChunkedArray:
+        """The texts, as they lie in the store."""
+        return ray.get(self.reference)
+
+
 class TargetReader:
     """Holds a target; turns the number of a block into its rows."""
 
-    def __init__(self, plan: StreamPlan, texts: Any, notes: Folder, run_id: str):
+    def __init__(self, plan: StreamPlan, texts: SharedTexts, notes: Folder, run_id: str):
         self.plan = plan
-        self.texts = ray.get(texts[0])
+        self.texts = texts.read()
         with counted_loading(notes, run_id, ray.get_runtime_context().get_actor_id() or ""):
             self.target = Target.load(plan.target)
 
@@ -79,7 +98,7 @@ class TargetReader:
         return block_rows(self.target, self.plan, self.texts, int(block))
 
 
-def block_rows(target: Target, plan: StreamPlan, texts: pa.Array, block: int) -> dict[str, np.ndarray]:
+def block_rows(target: Target, plan: StreamPlan, texts: pa.ChunkedArray, block: int) -> dict[str, np.ndarray]:
     """One row per token of the texts of a block, their first tokens left out: `block`, `row`, `lost`, and a column per
     place. Rows that are not finite in the stream's dtype are left out too; `lost`, in the first row, counts them."""
     bos = target.tokenizer.bos_token_id if adds_bos(target.tokenizer) else None
@@ -114,12 +133,12 @@ def _to_torch(values: np.ndarray, dtype: torch.dtype) -> Tensor:
 
 
 class ActivationStream:
-    """The rows of a plan, from any place on. Texts are put into the object store once."""
+    """The rows of a plan, from any place on."""
 
     def __init__(
         self,
         plan: StreamPlan,
-        texts: Sequence[str],
+        texts: SharedTexts,
         actors: ActorConfig,
         notes: Folder,
         num_rows: int | None = None,
@@ -131,12 +150,12 @@ class ActivationStream:
         `ahead_bytes` of rows that are not yet read, or `LEAST_AHEAD_BYTES`.
         """
         assert len(texts) == plan.num_texts
-        self._stride = BLOCKS_PER_PIPELINE if num_rows is None else _num_blocks(plan, texts, num_rows)
+        self._stride = BLOCKS_PER_PIPELINE if num_rows is None else _num_blocks(plan, texts.read(), num_rows)
         self._ahead_bytes = max(ahead_bytes, LEAST_AHEAD_BYTES)
         self.plan = plan
         self.actors = actors
         self.notes = notes
-        self._texts = ray.put(pa.array(texts, pa.large_string()))
+        self._texts = texts
 
     def parts(self, block: int = 0, first: int = 0) -> Iterator[Part]:
         """Parts from row `first` of `block` on, in order."""
@@ -175,7 +194,7 @@ class ActivationStream:
                 TargetReader,
                 fn_constructor_kwargs={
                     "plan": self.plan,
-                    "texts": [self._texts],
+                    "texts": self._texts,
                     "notes": self.notes,
                     "run_id": uuid.uuid4().hex,
                 },
@@ -190,10 +209,10 @@ class ActivationStream:
             )
 
 
-def _num_blocks(plan: StreamPlan, texts: Sequence[str], num_rows: int) -> int:
+def _num_blocks(plan: StreamPlan, texts: pa.ChunkedArray, num_rows: int) -> int:
     """About as many blocks as hold so many rows, by a sample of the texts, at most `BLOCKS_PER_PIPELINE`."""
     tokenizer = load_tokenizer(plan.target)
-    sample = texts[:: -(-len(texts) // SAMPLED_TEXTS)]
+    sample = [texts[number].as_py() for number in range(0, len(texts), -(-len(texts) // SAMPLED_TEXTS))]
     per_text = sum(max(0, len(tokenizer(text).input_ids) - 1) for text in sample) / len(sample)
     blocks = SPARE_BLOCKS * num_rows / (max(per_text, 1.0) * plan.stream.texts_per_block)
     return min(BLOCKS_PER_PIPELINE, max(1, math.ceil(blocks)))

@@ -9,18 +9,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import ray
-import torch
-from ray.exceptions import RayError
-from ray.util import ActorPool
-
 from introspect_ray.config import ActorConfig, ChatConfig, resolved
 from introspect_ray.data.cluster import connect
 from introspect_ray.data.identity import identify_target
 from introspect_ray.data.pool import check_resources
-from introspect_ray.errors import RunFailed, UserError
+from introspect_ray.data.workers import WorkerPool, use_assigned_threads
 from introspect_ray.models.chat import ChatModel, Choice, Completion, Conversation, Failure
 from introspect_ray.models.endpoint import EndpointChat
+from introspect_ray.models.journal import Journal
 from introspect_ray.models.local_chat import LocalChat
 from introspect_ray.tasks.base import stable_id
 
@@ -50,13 +46,13 @@ def relevant_chat(config: ChatConfig) -> dict[str, Any]:
 
 
 @contextmanager
-def chat_model(config: ChatConfig, actors: ActorConfig, seed: int, spent: float = 0.0) -> Iterator[ChatModel]:
+def chat_model(config: ChatConfig, actors: ActorConfig, seed: int, journal: Journal) -> Iterator[ChatModel]:
     """The chat model of `config`; Ray is connected inside the block if the model is a local one.
 
-    `spent` is what earlier calls cost that the endpoint's cap counts as well.
+    `journal` has the calls of an endpoint, those of earlier runs too.
     """
     if config.kind == "endpoint":
-        yield EndpointChat(config, seed, spent)
+        yield EndpointChat(config, seed, journal)
         return
     with connect():
         check_resources(actors)
@@ -67,8 +63,7 @@ class ChatWorker:
     """Holds a local chat model."""
 
     def __init__(self, config: ChatConfig, seed: int):
-        # Ray sets OMP_NUM_THREADS to the actor's CPUs; torch read it when it was imported, which may be earlier.
-        torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
+        use_assigned_threads()
         self.chat = LocalChat.load(config, seed)
 
     def ask(self, method: str, conversations: Sequence[Conversation], argument: Any) -> list[Any]:
@@ -78,13 +73,10 @@ class ChatWorker:
 
 
 class ChatPool:
-    """A `ChatModel` on `actors.initial_size` Ray actors; leaves them to Ray to end when it goes out of scope."""
+    """A `ChatModel` on Ray actors."""
 
     def __init__(self, config: ChatConfig, actors: ActorConfig, seed: int):
-        remote = ray.remote(num_cpus=actors.num_cpus, num_gpus=actors.num_gpus, max_restarts=2, max_task_retries=-1)(
-            ChatWorker
-        )
-        self._pool = ActorPool([remote.remote(config, seed) for _ in range(actors.initial_size)])
+        self._pool = WorkerPool(ChatWorker, (config, seed), actors)
         self._chunk = config.local.batch_size
 
     def complete(self, conversations: Sequence[Conversation], sample: int = 0) -> list[Completion | Failure]:
@@ -98,26 +90,8 @@ class ChatPool:
         order = sorted(range(len(conversations)), key=lambda row: sum(len(turn.content) for turn in conversations[row]))
         chunks = [order[start : start + self._chunk] for start in range(0, len(order), self._chunk)]
         answers: list[Any] = [None] * len(conversations)
-        try:
-            results = self._pool.map(
-                lambda actor, rows: actor.ask.remote(method, [conversations[row] for row in rows], argument), chunks
-            )
-            for rows, found in zip(chunks, results, strict=True):
-                for row, answer in zip(rows, found, strict=True):
-                    answers[row] = answer
-        except RayError as error:
-            raise translated(error) from error
+        calls = [(method, [conversations[row] for row in rows], argument) for rows in chunks]
+        for rows, found in zip(chunks, self._pool.map("ask", calls), strict=True):
+            for row, answer in zip(rows, found, strict=True):
+                answers[row] = answer
         return answers
-
-
-def translated(error: RayError) -> Exception:
-    """What an actor raised, in one line: the user's error if there is one below, else a failed run."""
-    cause = getattr(error, "cause", None) or error.__cause__
-    if isinstance(cause, UserError | RunFailed):
-        return type(cause)(str(cause))
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    for line in reversed(lines):  # actors that die while starting leave no exception, only its traceback as text
-        _, found, said = line.partition(f"{UserError.__module__}.{UserError.__name__}: ")
-        if found:
-            return UserError(said)
-    return RunFailed(f"an actor failed: {lines[-1]}")

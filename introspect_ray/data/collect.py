@@ -3,7 +3,7 @@
     driver  plan (no Ray, no weights) -> claim folder, write texts of unfinished shards
     actors  ScanWorker: target and coders, loaded once; per shard of texts: scan_shard
     driver  all shards done
-    actors  MergeWorker, no GPU; per block of latents: merge_block, over all shards
+    actors  no GPU; per block of latents or shard: a step of merging (merging.py)
     driver  all blocks done -> latents.parquet, exemplars.json, work/ removed
 
 Both phases are resumed by the same command, see pool.py; where files lie is said in collecting.py.
@@ -15,22 +15,15 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import ray
 
 from introspect_ray.config import CollectConfig, resolved
 from introspect_ray.data.attempts import counted_loading
 from introspect_ray.data.cluster import connect
-from introspect_ray.data.collecting import (
-    WORK_NAME,
-    BlockOrder,
-    Collecting,
-    ScanOrder,
-    block_place,
-    plan_collection,
-)
-from introspect_ray.data.merging import BlockInfo, CoderScans, finished_block, merge_block, stats_bytes
+from introspect_ray.data.collecting import WORK_NAME, Collecting, ScanOrder, StepOrder, plan_collection
+from introspect_ray.data.merging import BlockOrder, ChooseOrder, GatherOrder, Merging, StepInfo, stats_bytes
 from introspect_ray.data.pool import OrderWorker, Pool, check_resources, run_orders
 from introspect_ray.data.scanning import ScanInfo, Scanner, finished_info, scan_shard
 from introspect_ray.data.shards import ShardOrder
@@ -86,26 +79,25 @@ class ScanWorker(OrderWorker):
 
 
 class MergeWorker(OrderWorker):
-    """Merges one block of latents per order."""
+    """Makes one order of a step of merging per call."""
 
+    def __init__(self, merging: Merging, run_id: str):  # noqa: ARG002 - merging leaves no notes of attempts
+        self.merging = merging
+
+    def make(self, order: StepOrder) -> str:
+        return self.merging.make(order).model_dump_json()
+
+
+class ChooseWorker(MergeWorker):
+    order_class: ClassVar[type[ShardOrder]] = ChooseOrder
+
+
+class GatherWorker(MergeWorker):
+    order_class: ClassVar[type[ShardOrder]] = GatherOrder
+
+
+class BlockWorker(MergeWorker):
     order_class: ClassVar[type[ShardOrder]] = BlockOrder
-
-    def __init__(
-        self,
-        config: CollectConfig,
-        work: Folder,
-        folders: Sequence[Folder],
-        num_latents: Sequence[int],
-        num_shards: int,
-        run_id: str,  # noqa: ARG002 - merging leaves no notes of attempts
-    ):
-        self.config, self.folders, self.num_latents = config, folders, num_latents
-        self.scans = [CoderScans(work, config, coder, num_shards) for coder in range(len(folders))]
-
-    def make(self, order: BlockOrder) -> str:
-        coder, block = block_place(order.index, self.num_latents, self.config.latents_per_block)
-        info = merge_block(self.scans[coder], self.folders[coder], order, block, self.num_latents[coder])
-        return info.model_dump_json()
 
 
 def collect_exemplars(
@@ -128,7 +120,10 @@ def collect_exemplars(
         _scan(plan, scans, load, progress, joined_ray)
         failed = _check_failures(plan, scans)
         blocks = _merge(plan, progress, joined_ray)
-    metas = {coder.name: finish_coder(plan, number, scans, failed, blocks) for number, coder in enumerate(plan.coders)}
+    metas = {
+        coder.name: finish_coder(plan, number, scans, failed, blocks[number])
+        for number, coder in enumerate(plan.coders)
+    }
     plan.claim.folder.remove_folder(WORK_NAME)
     return CollectSummary(config.output, metas, was_complete=False)
 
@@ -202,34 +197,39 @@ def _check_failures(plan: Collecting, scans: Mapping[int, ScanInfo]) -> Counter[
     return Counter(reason for _, reason, _ in failed)
 
 
-def _merge(plan: Collecting, progress: Progress, join: Callable[[], None]) -> dict[int, BlockInfo]:
-    """Every block of latents of every coder, by its number over all coders."""
-    config = plan.config
-    num_latents = [coder.card.num_latents for coder in plan.coders]
-    folders = [plan.coder_folder(coder) for coder in plan.coders]
-    done: dict[int, BlockInfo] = {}
-    for order in plan.blocks:
-        coder, _ = block_place(order.index, num_latents, config.latents_per_block)
-        info = finished_block(plan.work, order, folders[coder])
-        if info is not None:
-            done[order.index] = info
-    todo = [order for order in plan.blocks if order.index not in done]
+def _merge(plan: Collecting, progress: Progress, join: Callable[[], None]) -> list[list[StepInfo]]:
+    """What every block of latents came to, per coder. Raises RunFailed if an order of a step cannot be made."""
+    merging = Merging.of(plan)
+    blocks = merging.orders(BlockOrder)
+    if any(merging.finished(order) is None for order in blocks):
+        for worker in (ChooseWorker, GatherWorker, BlockWorker):
+            _run_step(plan, merging, worker, progress, join)
+    by_coder: list[list[StepInfo]] = [[] for _ in plan.coders]
+    for order in blocks:
+        info = merging.finished(order)
+        if info is None:
+            raise RunFailed(f"{order.name} in {plan.work.url} was written and cannot be read back")
+        by_coder[merging.place(order)[0]].append(info)
+    return by_coder
+
+
+def _run_step(
+    plan: Collecting, merging: Merging, worker: type[MergeWorker], progress: Progress, join: Callable[[], None]
+) -> None:
+    """Make every order of a step that is not done."""
+    step = worker.order_class
+    assert issubclass(step, StepOrder)
+    orders = merging.orders(step)
+    todo = [order for order in orders if merging.finished(order) is None]
     if not todo:
-        return done
+        return
     join()
-    arguments: dict[str, Any] = {
-        "config": config,
-        "work": plan.work,
-        "folders": folders,
-        "num_latents": num_latents,
-        "num_shards": len(plan.scans),
-    }
-    actors = config.actors.model_copy(update={"num_gpus": 0})
-    progress("merge", len(done), len(plan.blocks), "")
-    for order, account in run_orders(Pool(plan.work, actors, MergeWorker, arguments), todo):
-        done[order.index] = BlockInfo.model_validate_json(account)
-        progress("merge", len(done), len(plan.blocks), "")
-    return done
+    done = len(orders) - len(todo)
+    progress(step.step, done, len(orders), "")
+    actors = plan.config.actors.model_copy(update={"num_gpus": 0})
+    for _ in run_orders(Pool(plan.work, actors, worker, {"merging": merging}), todo):
+        done += 1
+        progress(step.step, done, len(orders), "")
 
 
 def finish_coder(
@@ -237,19 +237,17 @@ def finish_coder(
     number: int,
     scans: Mapping[int, ScanInfo],
     failed: Mapping[str, int],
-    blocks: Mapping[int, BlockInfo],
+    blocks: Sequence[StepInfo],
 ) -> ExemplarMeta:
     """Write what stands beside a coder's blocks, the manifest last."""
     coder, config = plan.coders[number], plan.config
     folder = plan.coder_folder(coder)
-    counts, maxima = CoderScans(plan.work, config, number, len(plan.scans)).counts(coder.card.num_latents)
+    counts, maxima = Merging.of(plan).scans[number].counts()
     stats = stats_bytes(counts, maxima)
     folder.write(LATENTS_NAME, stats)
     files = {LATENTS_NAME: len(stats)}
-    num_latents = [other.card.num_latents for other in plan.coders]
-    for index in sorted(blocks):
-        if block_place(index, num_latents, config.latents_per_block)[0] == number:
-            files |= blocks[index].files
+    for block in blocks:
+        files |= block.files
     meta = ExemplarMeta(
         schema_version=SCHEMA_VERSION,
         run_key=plan.run_key,

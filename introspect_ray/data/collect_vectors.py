@@ -129,14 +129,13 @@ def collect_vectors(config: CollectVectorsConfig, progress: Progress) -> VectorS
         if run.work.size(PLAN_FILE) is None:
             _make_vectors(run, arguments)
         todo = [order for order in parts if not is_finished(run.work, order)]
-        for order in todo:
-            write_items(run.work, order, parts[order])
+        run.write_parts(todo)
         before = len(parts) - len(todo)
         progress(before, len(parts), "")
         pool: Pool[PartOrder] = Pool(run.work, config.actors, PartWorker, arguments)
         for done, _ in enumerate(run_orders(pool, todo) if todo else (), start=before + 1):
             progress(done, len(parts), "")
-    return VectorSummary(config.output, _finish(run, list(parts)), was_complete=False)
+    return VectorSummary(config.output, _finish(run, parts), was_complete=False)
 
 
 def _make_vectors(run: VectorRun, arguments: dict[str, Any]) -> None:
@@ -189,7 +188,7 @@ def _finish(run: VectorRun, parts: Sequence[PartOrder]) -> dict[str, Any]:
         "config": resolved(run.config),
         "vectors": dict(sorted(Counter(row["kind"] for row in rows).items())),
         "failed": failed,
-        "texts": len(run.corpus),
+        "texts": run.num_corpus,
         "tokens": max(counts.tokens.values()),
         "lost_tokens": max(counts.lost.values()),
         "digest": write_vectors(run.folder, finished, len(rows[0]["vector"])),

@@ -1,37 +1,30 @@
 """Planning a collection of exemplars: checks, texts, shards of texts, blocks of latents. No Ray, no weights.
 
-    OUTPUT/config.json                     first
-    OUTPUT/work/plan/shard-00000.parquet   texts of a shard; attempts.py's notes
-    OUTPUT/work/shards/shard-00000.json    what a shard of texts gave, written after its files
-    OUTPUT/work/scans/...                  those files, see scanning.py
-    OUTPUT/work/merged/block-00000.json    what a block of latents gave, written after its files
-    OUTPUT/CODER/...                       see features/exemplar_store.py; exemplars.json last, then work/ is removed
-
-Texts that are exactly equal count once, as everywhere (`duplicate_row`): the driver keeps 8 bytes of each text.
+OUTPUT/config.json                     first
+OUTPUT/work/plan/shard-00000.parquet   texts of a shard; attempts.py's notes
+OUTPUT/work/shards/shard-00000.json    what a shard of texts gave, written after its files
+OUTPUT/work/scans/...                  those files, see scanning.py
+OUTPUT/work/merged/STEP-00000.json     what a step of merging gave, written after its files, see merging.py
+OUTPUT/CODER/...                       see features/exemplar_store.py; exemplars.json last, then work/ is removed
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
-from array import array
-from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
-import numpy as np
-
-from introspect_ray.config import CollectConfig, SourceConfig, resolved
+from introspect_ray.config import CollectConfig, resolved
 from introspect_ray.data.claim import Claim
 from introspect_ray.data.identity import folder_digest, identify_target
 from introspect_ray.data.manifest import TargetIdentity
 from introspect_ray.data.shards import ShardOrder, write_items
-from introspect_ray.data.sources import iter_texts
 from introspect_ray.data.splits import SPLITS, split_of
 from introspect_ray.data.storage import Folder
+from introspect_ray.data.texts import Texts, read_texts
 from introspect_ray.errors import UserError
 from introspect_ray.features.card import CoderCard, coder_folder
 from introspect_ray.features.collection import Limits
@@ -43,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 WORK_NAME = "work"
 """Folder inside the output for what is there only while a collection runs."""
+MERGED_NAME = "merged"
+"""Folder in that, for notes of what was merged."""
 
 
 class ScanOrder(ShardOrder):
@@ -53,16 +48,18 @@ class ScanOrder(ShardOrder):
         return f"shards/shard-{self.index:05d}.json"
 
 
-class BlockOrder(ShardOrder):
-    """Which block of latents, counted over all coders."""
+class StepOrder(ShardOrder):
+    """One order of a step of merging, see merging.py; counted over all coders."""
+
+    step: ClassVar[str]
 
     @property
     def attempts_name(self) -> str:
-        return f"plan/block-{self.index:05d}.attempts.json"
+        return f"plan/{self.step}-{self.index:05d}.attempts.json"
 
     @property
     def name(self) -> str:
-        return f"merged/block-{self.index:05d}.json"
+        return f"{MERGED_NAME}/{self.step}-{self.index:05d}.json"
 
 
 @dataclass(frozen=True)
@@ -77,31 +74,6 @@ class CoderPlan:
 
     def num_blocks(self, latents_per_block: int) -> int:
         return -(-self.card.num_latents // latents_per_block)
-
-
-@dataclass(frozen=True, eq=False)
-class Texts:
-    """What a first pass over the source found; the texts themselves are read again when shards are written."""
-
-    source: SourceConfig
-    usable: np.ndarray
-    """Whether each row is a text that did not come before."""
-    reasons: dict[str, int]
-    """Why the other rows are none -> how many."""
-    digest: str
-    """Changes with the texts and with their order."""
-
-    @cached_property
-    def num_used(self) -> int:
-        return int(self.usable.sum())
-
-    def __iter__(self) -> Iterator[tuple[int, str]]:
-        """(row, text) of the usable rows, in file order."""
-        for row, (text, _) in enumerate(iter_texts(self.source)):
-            if row >= len(self.usable):
-                raise UserError(f"source {self.source.path} has become longer while it was read")
-            if self.usable[row]:
-                yield row, text
 
 
 @dataclass(frozen=True)
@@ -143,17 +115,16 @@ class Collecting:
         count = -(-self.texts.num_used // self.config.texts_per_shard)
         return [ScanOrder(index, self.run_key) for index in range(count)]
 
-    @cached_property
-    def blocks(self) -> list[BlockOrder]:
-        count = sum(coder.num_blocks(self.config.latents_per_block) for coder in self.coders)
-        return [BlockOrder(index, self.run_key) for index in range(count)]
+    @property
+    def num_blocks(self) -> list[int]:
+        """Blocks of latents of every coder."""
+        return [coder.num_blocks(self.config.latents_per_block) for coder in self.coders]
 
     def write_plan(self, orders: Collection[ScanOrder]) -> None:
         """Write the texts of these shards."""
         wanted = {order.index for order in orders}
         size = self.config.texts_per_shard
         items: list[dict[str, Any]] = []
-        number = -1
         for number, (row, text) in enumerate(self.texts):
             if number // size in wanted:
                 split = SPLITS.index(split_of(text, self.config.split))
@@ -162,8 +133,6 @@ class Collecting:
                 if items:
                     write_items(self.work, self.scans[number // size], items)
                 items = []
-        if number + 1 != self.texts.num_used:
-            raise UserError(f"source {self.config.source.path} has become shorter while it was read")
 
 
 def limits_of(config: CollectConfig) -> Limits:
@@ -176,16 +145,6 @@ def limits_of(config: CollectConfig) -> Limits:
         seed=config.seed,
         buffer=config.buffer_rows,
     )
-
-
-def block_place(index: int, num_latents: Collection[int], latents_per_block: int) -> tuple[int, int]:
-    """(coder, block of its latents) of a block counted over all coders."""
-    for coder, latents in enumerate(num_latents):
-        blocks = -(-latents // latents_per_block)
-        if index < blocks:
-            return coder, index
-        index -= blocks
-    raise AssertionError("there is no such block")
 
 
 def plan_collection(config: CollectConfig) -> Collecting:
@@ -218,32 +177,6 @@ def _name(path: str, taken: Collection[str]) -> str:
     if name in (*taken, WORK_NAME):
         name = f"{name}-{len(taken)}"
     return name
-
-
-def read_texts(source: SourceConfig) -> Texts:
-    """Look at every row of the source once. Raises UserError if there is no usable text."""
-    hashes = array("Q")
-    good = array("b")
-    reasons: Counter[str] = Counter()
-    digest = hashlib.blake2b(digest_size=16)
-    for text, reason in iter_texts(source):
-        key = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        digest.update(key)
-        hashes.frombytes(key)
-        good.append(not reason)
-        if reason:
-            reasons[reason] += 1
-    usable = np.frombuffer(good, np.int8).astype(bool) if good else np.zeros(0, bool)
-    rows = np.flatnonzero(usable)
-    first = np.unique(np.frombuffer(hashes, np.uint64)[rows], return_index=True)[1] if len(rows) else rows
-    if len(first) < len(rows):
-        reasons["duplicate_row"] = len(rows) - len(first)
-    usable[:] = False
-    usable[rows[first]] = True
-    if not usable.any():
-        found = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
-        raise UserError(f"source {source.path} has no usable text among {len(usable)} rows ({found})")
-    return Texts(source, usable, dict(sorted(reasons.items())), digest.hexdigest())
 
 
 def relevant(config: CollectConfig) -> dict[str, Any]:

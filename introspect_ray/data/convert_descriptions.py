@@ -28,7 +28,7 @@ from introspect_ray.data.storage import Folder, new_folder
 from introspect_ray.errors import UserError
 from introspect_ray.features import delphi, neuronpedia
 from introspect_ray.features.delphi import Key, LatentJudgements
-from introspect_ray.features.descriptions import DESCRIPTIONS_FILE, Description, Imported, by_latent
+from introspect_ray.features.descriptions import DESCRIPTIONS_FILE, Description, Imported, by_latent, ranked_by
 
 UNUSED_FILE = "unused.jsonl"
 
@@ -128,7 +128,7 @@ def _read_delphi(config: ConvertDescriptionsConfig) -> _Read:
         elif scorer == delphi.SIMULATION:
             simulated = delphi.read_simulation(name, folder.read(path))
             if simulated is not None and simulated[0] in texts:
-                scores.setdefault(simulated[0], {})["simulation/correlation"] = simulated[1]
+                scores.setdefault(simulated[0], {})[delphi.CORRELATION] = simulated[1]
                 continue
             reason = "name_of_no_latent" if simulated is None else "score_without_explanation"
         imported.unused.append((path, reason or "scorer_not_known"))
@@ -159,7 +159,7 @@ def _write_neuronpedia(folder: Folder, config: ConvertDescriptionsConfig, found:
 
 
 def _write_delphi(folder: Folder, config: ConvertDescriptionsConfig, found: _Read) -> int:
-    """One explanation per latent, and the judgements of just that text."""
+    """One explanation per latent, the judgements of just that text, and its correlation."""
     chosen: dict[Key, Description] = {}
     for key, candidates in by_latent(found.imported.descriptions).items():
         chosen[key] = best(candidates, config.delphi_best_by)
@@ -172,6 +172,7 @@ def _write_delphi(folder: Folder, config: ConvertDescriptionsConfig, found: _Rea
         name = delphi.file_name(config.delphi_module.replace("{layer}", str(layer)), latent)
         folder.write(f"explanations/{name}", delphi.explanation_file(one.text))
     others: list[LatentJudgements] = []
+    scorers: dict[Key, set[str]] = {key: set() for key in chosen}
     for judged in found.judgements:
         description = chosen.get((judged.layer, judged.latent))
         if description is None or judged.text != description.text:
@@ -179,16 +180,32 @@ def _write_delphi(folder: Folder, config: ConvertDescriptionsConfig, found: _Rea
             continue
         name = delphi.file_name(config.delphi_module.replace("{layer}", str(judged.layer)), judged.latent)
         folder.write(f"scores/{judged.scorer}/{name}", delphi.judgements_file(judged.judgements))
+        scorers[judged.layer, judged.latent].add(judged.scorer)
+    for key, one in chosen.items():
+        _write_scores(folder, config, found, one, scorers[key])
     _count_judgements(found, others, "judgements_of_another_description")
     return len(chosen)
 
 
 def best(candidates: Sequence[Description], score: str | None) -> Description:
     """The candidate with the largest such score, the first of equal ones; those without it come last."""
-    if score is None:
-        return candidates[0]
-    values = [one.scores.get(score) for one in candidates]
-    return candidates[max(range(len(values)), key=lambda n: (values[n] is not None, values[n] or 0.0, -n))]
+    return candidates[0] if score is None else ranked_by(score, candidates)[0]
+
+
+def _write_scores(
+    folder: Folder, config: ConvertDescriptionsConfig, found: _Read, one: Description, judged: set[str]
+) -> None:
+    """Write the correlation of a description, and count the scores that delphi's layout has no place for."""
+    name = delphi.file_name(config.delphi_module.replace("{layer}", str(one.layer)), one.latent)
+    for score, value in one.scores.items():
+        if score == config.delphi_simulation:
+            folder.write(f"scores/{delphi.SIMULATION}/{name}", delphi.simulation_file(value))
+        elif score.partition("/")[0] not in judged:
+            where = f"layer {one.layer} latent {one.latent}: score {score}"
+            scorer = score.partition("/")[0] in delphi.CLASSIFIERS
+            found.imported.unused.append(
+                (where, "score_without_judgements" if scorer else "delphi_holds_no_such_score")
+            )
 
 
 def _count_judgements(found: _Read, judgements: Iterable[LatentJudgements], reason: str) -> None:

@@ -83,7 +83,8 @@ def read_judgements(folder: Folder, name: str) -> Iterator[LatentJudgements]:
 def file_of(path: str, default: str) -> tuple[Folder, str]:
     """Folder and name of a file; of a folder, its `default`."""
     parent, _, name = path.rstrip("/").rpartition("/")
-    return (Folder(parent or "."), name) if name.endswith(".jsonl") else (Folder(path), default)
+    parent = parent or ("/" if path.startswith("/") else ".")
+    return (Folder(parent), name) if name.endswith(".jsonl") else (Folder(path), default)
 
 
 def _text(folder: Folder, name: str) -> str:

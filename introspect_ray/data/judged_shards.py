@@ -14,12 +14,11 @@ from introspect_ray.features.descriptions import Description, Score
 
 @dataclass
 class ShardResult:
-    """Scores and judgements of the descriptions of some latents, and what the calls came to."""
+    """Scores and judgements of the descriptions of some latents, and what became of the calls."""
 
     scored: list[Scored]
     judgements: list[LatentJudgements]
     """Of window methods; of several candidates each has its own."""
-    cost: float = 0.0
     answers: int = 0
     failures: dict[str, int] = field(default_factory=dict)
     may_pass: dict[str, int] = field(default_factory=dict)
@@ -37,7 +36,6 @@ def write_result(folder: Folder, run_key: str, index: int, result: ShardResult) 
         "shard": index,
         "rows": rows,
         "judgements": [asdict(one) for one in result.judgements],
-        "cost": result.cost,
         "answers": result.answers,
         "failures": result.failures,
         "may_pass": result.may_pass,
@@ -56,9 +54,7 @@ def read_result(folder: Folder, run_key: str, index: int) -> ShardResult | None:
             for row in content["rows"]
         ]
         judgements = [judgements_of(row) for row in content["judgements"]]
-        return ShardResult(
-            scored, judgements, content["cost"], content["answers"], content["failures"], content["may_pass"]
-        )
+        return ShardResult(scored, judgements, content["answers"], content["failures"], content["may_pass"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

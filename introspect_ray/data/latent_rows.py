@@ -46,7 +46,6 @@ class LatentRow(BaseModel):
     latent: int
     candidates: tuple[Candidate, ...] = ()
     failures: tuple[FailedAnswer, ...] = ()
-    cost: float = 0.0
 
     def is_left(self, retry_failed: bool) -> bool:
         """Whether to ask about it: never asked, or an answer failed that may pass, or any that did if those count."""

@@ -1,9 +1,10 @@
 """One shard of texts, from texts to what is kept of each coder's activations: what an actor does, without Ray.
 
-scans/CODER/rows-00000.parquet      kept rows (features/collection.py), by latent
-scans/CODER/windows-00000.parquet   the windows they lie in and those of the pool
-scans/CODER/latents-00000.parquet   per latent that fires: number of tokens, largest activation
-shards/shard-00000.json             last: sizes of the files above, and what became of the texts
+scans/CODER/rows-00000       kept rows (features/collection.py), by latent: a Parquet table per block (data/packs.py)
+scans/CODER/windows-00000    the windows they lie in: Parquet, as all below
+scans/CODER/pool-00000       the windows of the pool
+scans/CODER/latents-00000    per latent that fires: number of tokens, largest activation
+shards/shard-00000.json      last: sizes of the files above, and what became of the texts
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,11 +23,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from introspect_ray.config import CollectConfig
 from introspect_ray.data.attempts import TOGETHER, Attempt
 from introspect_ray.data.collecting import ScanOrder, limits_of
+from introspect_ray.data.packs import packed
 from introspect_ray.data.shards import read_items
 from introspect_ray.data.storage import Folder
 from introspect_ray.data.writer import GENERATION_ERROR, PROCESS_DIED, DeviceFailed, announced, check_device
 from introspect_ray.features.coder import SparseCoder
-from introspect_ray.features.collection import Collector, Firings, Pool, Rows
+from introspect_ray.features.collection import Collector, Firings, Rows
 from introspect_ray.features.contexts import Cuts, Text, cut
 from introspect_ray.features.exemplar_store import WINDOW_FIELDS, encoded, list_array, window_table
 from introspect_ray.features.inputs import CoderInputs
@@ -65,8 +67,8 @@ def finished_info(folder: Folder, order: ScanOrder) -> ScanInfo | None:
 
 
 def scan_file(coder: int, kind: str, shard: int) -> str:
-    """Name of a file of a shard; `kind` is rows, windows or latents."""
-    return f"scans/{coder:02d}/{kind}-{shard:05d}.parquet"
+    """Name of a file of a shard; `kind` is rows, windows, pool or latents, and gathered once blocks have chosen."""
+    return f"scans/{coder:02d}/{kind}-{shard:05d}"
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,10 @@ class Scan:
 
     collector: Collector
     rows: Rows
-    pool: Pool
     windows: pa.Table
-    """Those of `rows` and `pool`."""
+    """Those that `rows` lie in."""
+    pool: pa.Table
+    """Windows of the pool."""
 
 
 def scan_shard(scanner: Scanner, config: CollectConfig, folder: Folder, order: ScanOrder, run_id: str) -> ScanInfo:
@@ -114,8 +117,7 @@ def scan_shard(scanner: Scanner, config: CollectConfig, folder: Folder, order: S
         raise
     files: dict[str, int] = {}
     for number, scan in enumerate(scans):
-        for kind, table in _tables(scan).items():
-            content = encoded(table)
+        for kind, content in _files(scan, config.latents_per_block).items():
             name = scan_file(number, kind, order.index)
             folder.write(name, content)
             files[name] = len(content)
@@ -224,28 +226,40 @@ def firings_of(coder: SparseCoder, x: torch.Tensor, tokens: np.ndarray) -> Firin
 
 def _scan(collector: Collector, windows: pa.Table) -> Scan:
     rows, pool = collector.kept()
-    wanted = np.union1d(rows.windows, pool.windows)
-    kept = windows.filter(pa.array(np.isin(windows["window"].to_numpy(), wanted)))
-    return Scan(collector, rows, pool, kept.sort_by("window"))
+    ids = windows["window"].to_numpy()
+    of_rows, of_pool = (
+        windows.filter(pa.array(np.isin(ids, wanted))).sort_by("window") for wanted in (rows.windows, pool.windows)
+    )
+    return Scan(collector, rows, of_rows, of_pool)
 
 
-def _tables(scan: Scan) -> dict[str, pa.Table]:
+def _files(scan: Scan, latents_per_block: int) -> dict[str, bytes]:
+    """Kind -> content."""
     rows, collector = scan.rows, scan.collector
     live = np.flatnonzero(collector.counts)
-    in_pool = pc.is_in(scan.windows["window"], pa.array(scan.pool.windows))
+    latents = pa.table(
+        {"latent": live.astype(np.int32), "count": collector.counts[live], "maximum": collector.maxima[live]}
+    )
+    starts = np.arange(0, len(collector.counts) + latents_per_block, latents_per_block)
+    table, edges = rows_table(rows), np.searchsorted(rows.latents, starts)
+    blocks = [table.slice(low, high - low) for low, high in pairwise(edges.tolist())]
     return {
-        "rows": pa.table(
-            {
-                "latent": rows.latents,
-                "split": rows.splits,
-                "window": rows.windows,
-                "peak": rows.peaks,
-                "positions": list_array(rows.offsets, rows.positions),
-                "values": list_array(rows.offsets, rows.values),
-            }
-        ),
-        "windows": scan.windows.append_column("pool", in_pool),
-        "latents": pa.table(
-            {"latent": live.astype(np.int32), "count": collector.counts[live], "maximum": collector.maxima[live]}
-        ),
+        "rows": packed([encoded(block) if block.num_rows else b"" for block in blocks]),
+        "windows": encoded(scan.windows),
+        "pool": encoded(scan.pool),
+        "latents": encoded(latents),
     }
+
+
+def rows_table(rows: Rows) -> pa.Table:
+    """Kept rows as they lie on disk."""
+    return pa.table(
+        {
+            "latent": rows.latents,
+            "split": rows.splits,
+            "window": rows.windows,
+            "peak": rows.peaks,
+            "positions": list_array(rows.offsets, rows.positions),
+            "values": list_array(rows.offsets, rows.values),
+        }
+    )

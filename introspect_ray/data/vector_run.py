@@ -7,10 +7,12 @@ the prompt). Their exemplars come from texts of the other splits.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -19,10 +21,11 @@ from torch import Tensor
 from introspect_ray.config import ActorConfig, CollectVectorsConfig, GenerateConfig, resolved
 from introspect_ray.data.claim import Claim
 from introspect_ray.data.identity import identify_target
-from introspect_ray.data.shards import ShardOrder
+from introspect_ray.data.shards import ShardOrder, write_items
 from introspect_ray.data.sources import load_source
 from introspect_ray.data.splits import split_of, splitter, unit_interval
 from introspect_ray.data.storage import Folder
+from introspect_ray.data.texts import Texts, read_texts
 from introspect_ray.errors import UserError
 from introspect_ray.features.reading import read_places
 from introspect_ray.interventions.target import Target
@@ -34,6 +37,7 @@ ITEMS_PER_BLOCK = 64
 MEAN_TEXTS = 256
 """Texts of the corpus whose tokens the mean vector is that of."""
 
+T = TypeVar("T")
 Item = dict[str, Any]
 Position = tuple[list[int], int]
 """Token ids of a prompt, and the place of one of them."""
@@ -70,8 +74,11 @@ class VectorRun:
     claim: Claim[CollectVectorsConfig]
     items: list[Item]
     """Where vectors are read, layers apart."""
-    corpus: list[tuple[int, str]]
-    """(source row, text) of the texts that exemplars come from."""
+    texts: Texts
+    num_corpus: int
+    """Texts that exemplars come from: those outside of the test split."""
+    mean_texts: list[str]
+    """Those of them that the mean vector is of."""
     rejected: list[dict[str, Any]]
     """Source rows that gave neither an item nor a text, each with a reason."""
 
@@ -90,21 +97,31 @@ class VectorRun:
 
     def blocks(self) -> dict[VectorOrder, list[Item]]:
         """Items by order; the first order's are the texts that the mean is taken of."""
-        texts = sorted((text for _, text in self.corpus), key=lambda text: unit_interval(f"{self.config.seed}/{text}"))
-        sample: list[Item] = [{"kind": "mean", "text": text} for text in texts[:MEAN_TEXTS]]
+        sample: list[Item] = [{"kind": "mean", "text": text} for text in self.mean_texts]
         groups = [sample]
         groups += [self.items[start : start + ITEMS_PER_BLOCK] for start in range(0, len(self.items), ITEMS_PER_BLOCK)]
         return {VectorOrder(index, self.claim.run_key): group for index, group in enumerate(groups)}
 
-    def parts(self) -> dict[PartOrder, list[Item]]:
-        """Texts of the corpus by order."""
-        size = self.config.texts_per_block
-        return {
-            PartOrder(index, self.claim.run_key): [
-                {"row": row, "text": text} for row, text in self.corpus[index * size : (index + 1) * size]
-            ]
-            for index in range(-(-len(self.corpus) // size))
-        }
+    @property
+    def corpus(self) -> Iterator[Item]:
+        """Row and text of the texts that exemplars come from, read from the source."""
+        split = self.config.split
+        return ({"row": row, "text": text} for row, text in self.texts if split_of(text, split) != "test")
+
+    def parts(self) -> list[PartOrder]:
+        """Which parts the corpus has."""
+        return [
+            PartOrder(index, self.claim.run_key) for index in range(-(-self.num_corpus // self.config.texts_per_block))
+        ]
+
+    def write_parts(self, orders: Sequence[PartOrder]) -> None:
+        """Write the texts of these parts, one part in memory at a time."""
+        wanted = {order.index: order for order in orders}
+        corpus = self.corpus
+        for index in range(max(wanted, default=-1) + 1):
+            items = list(islice(corpus, self.config.texts_per_block))
+            if index in wanted:
+                write_items(self.work, wanted[index], items)
 
 
 def prepare(config: CollectVectorsConfig) -> VectorRun:
@@ -118,13 +135,23 @@ def prepare(config: CollectVectorsConfig) -> VectorRun:
                 f"layers has {layer}, but {target.path} has {target.num_layers} layers:"
                 f" expected 0 to {target.num_layers - 1}"
             )
-    texts = load_source(config.texts, "text", ("text",))
-    held_out = [row for row in texts.rows if split_of(row["text"], config.split) == "test"]
-    corpus = [(row["row"], row["text"]) for row in texts.rows if split_of(row["text"], config.split) != "test"]
-    if not corpus:
+    texts = read_texts(config.texts)
+    held_out: _First[Item] = _First(config.kinds.activations)
+    mean_texts: _First[str] = _First(MEAN_TEXTS)
+    num_corpus = 0
+    rejected: list[dict[str, Any]] = []
+    for row, text, reason in texts.rows():
+        rank = unit_interval(f"{config.seed}/{text}")
+        if reason:
+            rejected.append({"source": "texts", "row": row, "reason": reason})
+        elif split_of(text, config.split) == "test":
+            held_out.add(rank, _token_item(text, config))
+        else:
+            mean_texts.add(rank, text)
+            num_corpus += 1
+    if not num_corpus:
         raise UserError(f"source {config.texts.path} has no text outside of the test split, expected some")
-    items = _token_items(held_out, config) if config.kinds.activations else []
-    rejected = [{"source": "texts", "row": row, "reason": reason} for row, reason in texts.rejected]
+    items = held_out.found
     if config.kinds.differences:
         pairs, reasons = _pair_items(config)
         items += pairs
@@ -135,26 +162,41 @@ def prepare(config: CollectVectorsConfig) -> VectorRun:
         )
     inputs = {
         f"target {target.path}": stable_id(target.model_dump()),
-        f"sources {config.texts.path} and {config.facts.path}": stable_id(items, corpus),
+        f"sources {config.texts.path} and {config.facts.path}": stable_id(items, texts.digest),
     }
     key = stable_id(_relevant(config), list(inputs.values()))
     claim = Claim(Folder(config.output), "vectors", config, key, inputs, _relevant)
     claim.check()
-    return VectorRun(claim, items, corpus, rejected)
+    return VectorRun(claim, items, texts, num_corpus, mean_texts.found, rejected)
 
 
-def _token_items(rows: Sequence[dict[str, Any]], config: CollectVectorsConfig) -> list[Item]:
-    """Texts by a hash of their content, and of each the share of its tokens before the one that is taken."""
-    chosen = sorted(rows, key=lambda row: unit_interval(f"{config.seed}/{row['text']}"))[: config.kinds.activations]
-    return [
-        {
-            "kind": "activation",
-            "group": stable_id("text", row["text"]),
-            "text": row["text"],
-            "share": unit_interval(f"{config.seed}/token/{row['text']}"),
-        }
-        for row in chosen
-    ]
+class _First(Generic[T]):
+    """The `count` things of smallest rank among all that were added; equal ranks keep their order."""
+
+    def __init__(self, count: int):
+        self._count = count
+        self._heap: list[tuple[float, int, T]] = []
+        self._added = 0
+
+    def add(self, rank: float, thing: T) -> None:
+        self._added += 1
+        heapq.heappush(self._heap, (-rank, -self._added, thing))
+        if len(self._heap) > self._count:
+            heapq.heappop(self._heap)
+
+    @property
+    def found(self) -> list[T]:
+        return [thing for *_, thing in sorted(self._heap, key=lambda entry: entry[:2], reverse=True)]
+
+
+def _token_item(text: str, config: CollectVectorsConfig) -> Item:
+    """A text, and the share of its tokens before the one that is taken."""
+    return {
+        "kind": "activation",
+        "group": stable_id("text", text),
+        "text": text,
+        "share": unit_interval(f"{config.seed}/token/{text}"),
+    }
 
 
 def _pair_items(config: CollectVectorsConfig) -> tuple[list[Item], list[dict[str, Any]]]:

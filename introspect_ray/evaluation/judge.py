@@ -66,10 +66,10 @@ def parse_rating(answer: Completion | Failure) -> int | Failure:
         return answer
     found = _RATING.match(spoken(answer.text) or "")
     if found is None:
-        return Failure("answer_is_no_rating", answer.text[:80], answer.cost)
+        return Failure("answer_is_no_rating", answer.text[:80])
     rating = int(found[1])
     if not LOWEST <= rating <= HIGHEST:
-        return Failure("rating_out_of_range", answer.text[:80], answer.cost)
+        return Failure("rating_out_of_range", answer.text[:80])
     return rating
 
 

@@ -1,7 +1,7 @@
 """A page to look at the latents of one coder, from disk and without network.
 
     index.html                 the page
-    data/list-00000.js         all latents in pieces: number, density, maximum, best description, its score
+    data/list-00000.js         all latents in pieces: number, density, maximum, best description, its score or null
     data/latents-00000.js      exemplars and descriptions of consecutive latents; loaded when one of them is looked at
 
 A page from disk may load scripts but not fetch, so the data are scripts that call a function of the page.
@@ -29,7 +29,7 @@ DIGITS = 4
 """Significant digits of activations on the page."""
 
 Descriptions = Mapping[int, Sequence[Description]]
-"""Latent -> its descriptions, the best first."""
+"""Latent -> its descriptions, ranked by `BrowseConfig.score`."""
 
 
 def page_files(
@@ -39,7 +39,7 @@ def page_files(
     total = store.meta.num_latents
     for start in range(0, total, LATENTS_PER_LIST):
         numbers = range(start, min(start + LATENTS_PER_LIST, total))
-        rows = [_list_row(store, latent, descriptions.get(latent, ())) for latent in numbers]
+        rows = [_list_row(store, latent, descriptions.get(latent, ()), config.score) for latent in numbers]
         yield f"data/list-{start // LATENTS_PER_LIST:05d}.js", f"listed({_script(rows)});\n"
     for start in range(0, total, config.latents_per_file):
         numbers = range(start, min(start + config.latents_per_file, total))
@@ -51,16 +51,11 @@ def page_files(
     yield "index.html", render_page("latents.html", view=view, summary=view.summary)
 
 
-def best_score(description: Description) -> float | None:
-    """The first score that a description has a value of."""
-    return next((value for value in description.scores.values() if value is not None), None)
-
-
-def _list_row(store: ExemplarStore, latent: int, descriptions: Sequence[Description]) -> list[Any]:
-    density = float(store.counts[latent]) / max(1, store.meta.num_tokens)
+def _list_row(store: ExemplarStore, latent: int, descriptions: Sequence[Description], score: str) -> list[Any]:
+    density = float(store.densities[latent])
     best = descriptions[0] if descriptions else None
-    text, score = (best.text, best_score(best)) if best else ("", None)
-    return [latent, _rounded(density), _rounded(float(store.maxima[latent])), text, score]
+    text, value = (best.text, best.scores.get(score)) if best else ("", None)
+    return [latent, _rounded(density), _rounded(float(store.maxima[latent])), text, value]
 
 
 def _details(found: Sequence[LatentExemplars], descriptions: Descriptions, config: BrowseConfig) -> dict[str, Any]:
@@ -132,9 +127,10 @@ class _View:
     def __init__(self, store: ExemplarStore, config: BrowseConfig):
         self.meta = store.meta
         self.latents_per_file = config.latents_per_file
+        self.score = config.score
         self.num_dead = store.meta.num_latents - store.meta.num_live
         self.num_chunks = -(-store.meta.num_latents // LATENTS_PER_LIST)
-        self._logs = np.log10(store.counts[store.counts > 0] / max(1, store.meta.num_tokens))
+        self._logs = np.log10(store.densities[store.densities > 0])
         self._low = int(np.floor(self._logs.min())) if len(self._logs) else -1
 
     @property

@@ -21,6 +21,8 @@ from introspect_ray.features.judgements import Judgement, classification_scores
 SOURCE = "delphi"
 CLASSIFIERS = ("detection", "fuzz")
 SIMULATION = "simulation"
+CORRELATION = "simulation/correlation"
+"""What the correlation over all windows is called as a score."""
 _NAME = re.compile(r"(?P<module>.+)_latent(?P<latent>\d+)\.txt", re.DOTALL)
 _SEPARATORS = re.compile(r"[./]|--")
 _JUDGED = ("str_tokens", "activations", "distance", "activating", "prediction", "probability")
@@ -149,6 +151,21 @@ def read_simulation(name: str, content: bytes) -> tuple[Key, float | None] | Non
         if row["distance"] == 0:
             return parsed[1], _correlation(row["ev_correlation_score"], f"simulation/{name}, entry {number}")
     return parsed[1], None
+
+
+def simulation_file(correlation: float | None) -> bytes:
+    """Content of one file of `scores/simulation` that says the correlation over all windows.
+
+    delphi's own has more entries, one per range of activations, and in each what was simulated.
+    """
+    row = {
+        "distance": 0,
+        "scored_sequence_simulations": [],
+        "ev_correlation_score": "nan" if correlation is None else correlation,
+        "rsquared_score": None,
+        "absolute_dev_explained_score": None,
+    }
+    return json.dumps([row], separators=(",", ":")).encode()
 
 
 def _correlation(value: Any, where: str) -> float | None:

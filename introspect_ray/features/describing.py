@@ -76,15 +76,13 @@ def parse_description(completion: Completion) -> str | Failure:
     """The description on the first line of an answer, without label and quotation marks."""
     said = spoken(completion.text)
     if said is None:
-        return Failure("unfinished_thought", completion.text[:80], completion.cost)
+        return Failure("unfinished_thought", completion.text[:80])
     lines = [line.strip() for line in said.splitlines() if line.strip() and not line.strip().startswith("```")]
     text = one_line(_LABEL.sub("", lines[0], count=1)).strip() if lines else ""
     if len(text) > 1 and (text[0], text[-1]) in _QUOTES:
         text = text[1:-1].strip()
     if not any(character.isalnum() for character in text):
-        return Failure("no_description_in_answer", completion.text[:80], completion.cost)
+        return Failure("no_description_in_answer", completion.text[:80])
     if len(text) > LONGEST_DESCRIPTION:
-        return Failure(
-            "description_too_long", f"{len(text)} characters, at most {LONGEST_DESCRIPTION}", completion.cost
-        )
+        return Failure("description_too_long", f"{len(text)} characters, at most {LONGEST_DESCRIPTION}")
     return text

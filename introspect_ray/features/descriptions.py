@@ -63,6 +63,12 @@ def by_latent(descriptions: Iterable[Description]) -> dict[tuple[int, int], list
     return groups
 
 
+def ranked_by(score: str, candidates: Iterable[Description]) -> list[Description]:
+    """Those with the largest such score first, those without it last; equal ones keep their order."""
+    values = [(one.scores.get(score), one) for one in candidates]
+    return [one for _, one in sorted(values, key=lambda pair: (pair[0] is None, -(pair[0] or 0.0)))]
+
+
 def description_line(description: Description) -> str:
     """One line of descriptions.jsonl, without its line break."""
     return json.dumps(asdict(description), ensure_ascii=False, allow_nan=False)

@@ -1,7 +1,8 @@
 """Exemplars on disk: one folder per coder, read one latent at a time.
 
     exemplars.json                 written last: about what, from how much text, which files
-    latents.parquet                every latent: tokens on which it fires, largest activation; dead ones too
+    latents.parquet                every latent: tokens on which it fires, largest activation; dead ones too; of
+                                   imported exemplars also how often it fires, of which the tokens say nothing then
     blocks/block-00000.parquet     rows of consecutive latents, by latent, kind, split and order
     windows/block-00000.parquet    the windows that they lie in, each once; `random` ones belong to every latent
 
@@ -22,7 +23,7 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Int, UInt64
+from jaxtyping import Float, Int, UInt64
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from introspect_ray.errors import UserError
@@ -233,6 +234,14 @@ class ExemplarStore:
         return self._stats_table["count"].to_numpy()
 
     @cached_property
+    def densities(self) -> Float[np.ndarray, " F"]:
+        """Share of all tokens seen on which each latent fires; as whoever collected them says, if exemplars are
+        imported."""
+        table = self._stats_table
+        known = table["density"].to_numpy() if "density" in table.column_names else None
+        return self.counts / max(1, self.meta.num_tokens) if known is None else known
+
+    @cached_property
     def maxima(self) -> np.ndarray:
         """Largest activation of each latent."""
         return self._stats_table["maximum"].to_numpy()
@@ -255,8 +264,7 @@ class ExemplarStore:
         )
 
     def _stats(self, latent: int) -> LatentStats:
-        density = float(self.counts[latent]) / max(1, self.meta.num_tokens)
-        return LatentStats(self.meta.layer, latent, density, float(self.maxima[latent]))
+        return LatentStats(self.meta.layer, latent, float(self.densities[latent]), float(self.maxima[latent]))
 
     @cached_property
     def _stats_table(self) -> pa.Table:

@@ -26,14 +26,13 @@ Conversation = tuple[Message, ...]
 
 @dataclass(frozen=True)
 class Completion:
-    """An answer, what it took in tokens, and its price."""
+    """An answer, and what it took in tokens."""
 
     text: str
     tokens_sent: int
     tokens_answered: int
     truncated: bool = False
     """Whether it ended because it reached the longest length."""
-    cost: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,6 @@ class Choice:
     index: int
     probabilities: tuple[float, ...] | None = None
     """Of every answer, summing to 1; none where the model does not tell."""
-    cost: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -53,8 +51,6 @@ class Failure:
     reason: str
     """A short name, to count by."""
     detail: str = ""
-    cost: float = 0.0
-    """What was, or may have been, charged all the same."""
     is_general: bool = False
     """Whether every other call would fail as well: a wrong key, a wrong address."""
     may_pass: bool = False
@@ -84,7 +80,6 @@ class Metered:
 
     def __init__(self, model: ChatModel):
         self.model = model
-        self.cost = 0.0
         self.num_answers = 0
         self.failures: Counter[str] = Counter()
         """Reason -> calls that failed."""
@@ -99,7 +94,6 @@ class Metered:
 
     def _counted(self, answers: list[A]) -> list[A]:
         for answer in answers:
-            self.cost += answer.cost
             if isinstance(answer, Failure):
                 self.failures[answer.reason] += 1
                 self.may_pass[answer.reason] += answer.may_pass
@@ -129,5 +123,5 @@ def parse_choice(completion: Completion, choices: Sequence[str]) -> Choice | Fai
     words = re.findall(r"\w+", spoken(completion.text) or "")
     folded = [choice.casefold() for choice in choices]
     if not words or words[0].casefold() not in folded:
-        return Failure(NO_CHOICE, completion.text[:80], completion.cost)
-    return Choice(folded.index(words[0].casefold()), None, completion.cost)
+        return Failure(NO_CHOICE, completion.text[:80])
+    return Choice(folded.index(words[0].casefold()))

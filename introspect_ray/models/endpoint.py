@@ -1,22 +1,22 @@
 """Chat models behind any OpenAI-compatible endpoint: concurrent calls, retries, a cost cap.
 
-conversations --threads--> reserve what a call may cost -> POST -> settle what it did cost -> Completion
+conversations --threads--> journal: what a call may cost -> POST -> journal: what it did cost -> Completion
                                 | nothing left: Failure      | busy, broken, silent: wait, again | else: Failure
 """
 
 from __future__ import annotations
 
 import email.utils
+import hashlib
 import json
 import os
 import random
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from http.client import HTTPException
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 from introspect_ray.config import ChatConfig
 from introspect_ray.errors import UserError
 from introspect_ray.models.chat import COST_CAP, Choice, Completion, Conversation, Failure, parse_choice
+from introspect_ray.models.journal import Journal
 
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 GENERAL = frozenset({301, 302, 303, 307, 308, 401, 403, 404})
@@ -31,30 +32,6 @@ GENERAL = frozenset({301, 302, 303, 307, 308, 401, 403, 404})
 _LONGEST_ANSWER = 16 << 20
 _FRAME_TOKENS = 16
 """Tokens that a chat template may put around a message, at most."""
-
-
-class Budget:
-    """What was spent, and what calls under way may yet cost; never more than the cap together."""
-
-    def __init__(self, cap: float | None, spent: float):
-        self.spent = spent
-        self._cap = cap
-        self._reserved = 0.0
-        self._lock = threading.Lock()
-
-    def reserve(self, cost: float) -> bool:
-        """Whether a call of at most this cost may be made; if so, `settle` has to follow."""
-        with self._lock:
-            if self._cap is not None and self.spent + self._reserved + cost > self._cap:
-                return False
-            self._reserved += cost
-            return True
-
-    def settle(self, reserved: float, cost: float) -> None:
-        """A call that had `reserved` did cost `cost`."""
-        with self._lock:
-            self._reserved -= reserved
-            self.spent += cost
 
 
 @dataclass(frozen=True)
@@ -72,16 +49,23 @@ class EndpointChat:
     """A `ChatModel` behind an endpoint.
 
     Args:
-        spent: cost of earlier calls that the cap counts as well.
+        journal: calls of earlier runs, which the cap counts as well and whose answers are not asked for again; none
+            keeps those of this one alone.
         sleep: waits so many seconds; for tests.
 
     Raises:
         UserError: the environment variable that should hold the key is not set.
     """
 
-    def __init__(self, config: ChatConfig, seed: int, spent: float = 0.0, sleep: Callable[[float], None] = time.sleep):
+    def __init__(
+        self,
+        config: ChatConfig,
+        seed: int,
+        journal: Journal | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ):
         self.config = config
-        self.budget = Budget(config.endpoint.max_cost, spent)
+        self.journal = Journal() if journal is None else journal
         self._key = _api_key(config.endpoint.api_key_variable)
         self._seed = seed
         self._sleep = sleep
@@ -90,9 +74,11 @@ class EndpointChat:
         self._general: Failure | None = None
 
     def complete(self, conversations: Sequence[Conversation], sample: int = 0) -> list[Completion | Failure]:
-        """One answer each, or the reason why there is none."""
+        """One answer each, or the reason why there is none; equal conversations are sent once."""
+        different = list(dict.fromkeys(conversations))
         with ThreadPoolExecutor(self.config.endpoint.concurrency) as pool:
-            return list(pool.map(partial(self._answer, sample=sample), conversations))
+            found = dict(zip(different, pool.map(partial(self._answer, sample=sample), different), strict=True))
+        return [found[one] for one in conversations]
 
     def choose(self, conversations: Sequence[Conversation], choices: Sequence[str]) -> list[Choice | Failure]:
         """The choice that each answer begins with; any other answer is a failure."""
@@ -101,38 +87,35 @@ class EndpointChat:
     def _answer(self, conversation: Conversation, sample: int) -> Completion | Failure:
         endpoint = self.config.endpoint
         body = self._body(conversation, sample)
+        request = hashlib.blake2b(endpoint.url.encode() + b"\n" + body, digest_size=16).hexdigest()
+        if (known := self.journal.find(request)) is not None:
+            return known
         sent = sum(len(message.content.encode()) + _FRAME_TOKENS for message in conversation) + _FRAME_TOKENS
         most = self._cost(sent, self.config.max_tokens)
-        lost = 0.0
         problem: _Problem | None = None
         for attempt in range(endpoint.attempts):
             if problem is not None and (stop := self._wait(attempt, problem)) is not None:
-                return _with_cost(stop, lost, may_pass=True)
+                return replace(stop, may_pass=True)
             if self._general is not None:
-                return _with_cost(self._general, lost, may_pass=True)
-            if not self.budget.reserve(most):
-                detail = f"up to {most:.6f} for this call, {self.budget.spent:.6f} spent"
-                return Failure(COST_CAP, detail, lost, may_pass=True)
-            cost = most  # whatever ends the try without an answer that tells
-            try:
-                found = self._try(body, sent)
-                if isinstance(found, _Problem):
-                    cost = most if found.may_be_charged else 0.0
-                    problem = found
-                else:
-                    cost = self._cost(found.tokens_sent, found.tokens_answered)
-            finally:
-                self.budget.settle(most, cost)
-            lost += cost
+                return replace(self._general, may_pass=True)
+            call = self.journal.begin(request, most, endpoint.max_cost)
+            if call is None:
+                detail = f"up to {most:.6f} for this call, {self.journal.spent:.6f} spent"
+                return Failure(COST_CAP, detail, may_pass=True)
+            found = self._try(body, sent)  # a process that ends here leaves a call that counts in full
             if isinstance(found, Completion):
-                return Completion(found.text, found.tokens_sent, found.tokens_answered, found.truncated, lost)
-            if found.failure.is_general:
-                self._general = found.failure
-                return _with_cost(found.failure, lost, may_pass=True)
-            if not found.is_retried:
+                self.journal.end(call, self._cost(found.tokens_sent, found.tokens_answered), found)
+                return found
+            problem = found
+            is_final = problem.may_be_charged and not problem.is_retried
+            self.journal.end(call, most if problem.may_be_charged else 0.0, problem.failure if is_final else None)
+            if problem.failure.is_general:
+                self._general = problem.failure
+                return replace(problem.failure, may_pass=True)
+            if not problem.is_retried:
                 break
         assert problem is not None
-        return _with_cost(problem.failure, lost, may_pass=problem.is_retried)
+        return replace(problem.failure, may_pass=problem.is_retried)
 
     def _wait(self, attempt: int, problem: _Problem) -> Failure | None:
         """Wait before a further try; a failure if the endpoint asks for more patience than there is."""
@@ -207,10 +190,6 @@ class _NoAnswer(Exception):
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_args: Any, **_kwargs: Any) -> None:
         return None
-
-
-def _with_cost(failure: Failure, cost: float, may_pass: bool) -> Failure:
-    return Failure(failure.reason, failure.detail, cost, failure.is_general, may_pass)
 
 
 def _api_key(variable: str | None) -> str | None:

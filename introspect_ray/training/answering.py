@@ -6,14 +6,11 @@ The size of the pool changes speed and nothing else: a chunk is the same whoever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
-import ray
-import torch
-from ray.util import ActorPool
-
 from introspect_ray.config import ActorConfig, ExplainerConfig
+from introspect_ray.data.workers import WorkerPool, use_assigned_threads
 from introspect_ray.explainer.card import read_card
 from introspect_ray.explainer.model import Explainer
 from introspect_ray.explainer.query import Query
@@ -28,8 +25,7 @@ class Answerer:
     def __init__(self, folder: str, device: str):
         self.folder, self.device = folder, device
         self.loaded: tuple[Version, Explainer] | None = None
-        # Ray sets OMP_NUM_THREADS to the actor's CPUs; torch read it when it was imported, which may be earlier.
-        torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
+        use_assigned_threads()
 
     def answer(self, version: Version, queries: Sequence[Query], batch_size: int) -> list[str]:
         """One answer per query."""
@@ -54,31 +50,38 @@ def load_version(folder: str, version: Version, device: str) -> Explainer:
 
 
 class AnswerPool:
-    """`config.initial_size` actors for one explainer; leaves them to Ray to end when it goes out of scope."""
+    """Actors for one explainer."""
 
     def __init__(self, folder: str, config: ActorConfig, batch_size: int, progress: Callable[[int], None]):
-        # Restarts bound the tries. A bound on calls would be used up within the seconds in which a lost node is not
-        # known to be lost yet, and every call is refused at once.
-        remote = ray.remote(num_cpus=config.num_cpus, num_gpus=config.num_gpus, max_restarts=2, max_task_retries=-1)(
-            Answerer
-        )
-        device = "cuda" if config.num_gpus else "cpu"
-        self._pool = ActorPool([remote.remote(folder, device) for _ in range(config.initial_size)])
+        self._pool = WorkerPool(Answerer, (folder, "cuda" if config.num_gpus else "cpu"), config)
         self._batch_size = batch_size
         self._progress = progress
 
     def answer(self, version: Version, queries: Sequence[Query]) -> list[str]:
-        """One answer per query; `progress` hears the number of queries of every chunk that is done."""
-        # Queries of equal length are answered together, so a chunk is as long as its longest query needs.
-        order = sorted(range(len(queries)), key=lambda index: len(queries[index].text))
+        """One answer per query; `progress` hears the number of queries of every chunk that is done.
+
+        Raises UserError if the explainer cannot be loaded, RunFailed if its process dies again and again.
+        """
+        return next(self.answer_groups(version, [queries]))
+
+    def answer_groups(self, version: Version, groups: Sequence[Sequence[Query]]) -> Iterator[list[str]]:
+        """The answers of every group as soon as they are there; the others are under way meanwhile."""
         size = self._batch_size
-        chunks = [order[start : start + size] for start in range(0, len(order), size)]
-        texts = [""] * len(queries)
-        results = self._pool.map(
-            lambda actor, chunk: actor.answer.remote(version, [queries[index] for index in chunk], size), chunks
-        )
-        for chunk, answers in zip(chunks, results, strict=True):
-            for index, text in zip(chunk, answers, strict=True):
-                texts[index] = text
-            self._progress(len(chunk))
-        return texts
+        chunks: list[list[list[int]]] = []
+        for queries in groups:
+            # Queries of equal length are answered together, so a chunk is as long as its longest query needs.
+            order = sorted(range(len(queries)), key=lambda index, queries=queries: len(queries[index].text))  # type: ignore[misc]
+            chunks.append([order[start : start + size] for start in range(0, len(order), size)])
+        calls = [
+            (version, [queries[index] for index in chunk], size)
+            for queries, of_group in zip(groups, chunks, strict=True)
+            for chunk in of_group
+        ]
+        answers = self._pool.map("answer", calls)
+        for queries, of_group in zip(groups, chunks, strict=True):
+            texts = [""] * len(queries)
+            for chunk in of_group:
+                for index, text in zip(chunk, next(answers), strict=True):
+                    texts[index] = text
+                self._progress(len(chunk))
+            yield texts

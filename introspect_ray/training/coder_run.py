@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
 
 from introspect_ray.config import ActorConfig, CoderTrainerConfig, TrainCoderConfig, TrainSaeConfig, resolved
 from introspect_ray.data.claim import Claim
 from introspect_ray.data.identity import identify_target
-from introspect_ray.data.sources import load_source
 from introspect_ray.data.storage import Folder
+from introspect_ray.data.texts import Texts, read_texts
 from introspect_ray.errors import UserError
 from introspect_ray.features.batch_topk import BatchTopKConfig
 from introspect_ray.features.places import Place
@@ -23,6 +26,7 @@ from introspect_ray.tasks.base import stable_id
 
 REPORT_FILE = "training.json"
 CHECKPOINT_FILE = "checkpoint.safetensors"
+_TEXTS_PER_CHUNK = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -83,12 +87,20 @@ class CoderRun:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run, its claim to the output folder, and the texts to train on and to measure on."""
+    """A run, its claim to the output folder, and its texts."""
 
     run: CoderRun
     claim: Claim[TrainCoderConfig]
-    texts: list[str]
-    held_out: list[str]
+    texts: Texts
+
+    def read(self, held_out: bool) -> pa.ChunkedArray:
+        """The texts to measure on or those to train on, read from the source, once in memory."""
+        every, source = self.run.config.hold_out_every, enumerate(self.texts)
+        chosen = (text for number, (_, text) in source if (number % every == 0) == held_out)
+        chunks: list[pa.Array] = []
+        while batch := list(islice(chosen, _TEXTS_PER_CHUNK)):
+            chunks.append(pa.array(batch, pa.large_string()))
+        return pa.chunked_array(chunks, pa.large_string())
 
 
 def prepare(config: TrainCoderConfig) -> Prepared:
@@ -100,19 +112,18 @@ def prepare(config: TrainCoderConfig) -> Prepared:
             f"layer is {config.layer}, but {target.path} has {target.num_layers} layers:"
             f" expected 0 to {target.num_layers - 1}"
         )
-    texts = [row["text"] for row in load_source(config.source, "text", ("text",)).rows]
-    if len(texts) < 2:
-        raise UserError(f"source {config.source.path} gives {len(texts)} text, expected 2 or more: one is held out")
+    texts = read_texts(config.source)
+    if texts.num_used < 2:
+        raise UserError(f"source {config.source.path} gives {texts.num_used} text, expected 2 or more: one is held out")
     inputs = {
         f"target {target.path}": stable_id(target.model_dump()),
-        f"source {config.source.path}": stable_id(texts),
+        f"source {config.source.path}": texts.digest,
     }
     key = stable_id(type(config).__name__, _relevant(config), list(inputs.values()))
     run = CoderRun(config, key, target.width)
     claim = Claim(run.folder, "training of this kind of coder", config, run.run_key, inputs, _relevant)
     claim.check()
-    fitted = [text for number, text in enumerate(texts) if number % config.hold_out_every]
-    return Prepared(run, claim, fitted, texts[:: config.hold_out_every])
+    return Prepared(run, claim, texts)
 
 
 def _absolute(config: TrainCoderConfig) -> TrainCoderConfig:

@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from introspect_ray.config import ActorConfig, TrainCoderConfig
-from introspect_ray.data.activations import ActivationStream, StreamPlan
+from introspect_ray.data.activations import ActivationStream, SharedTexts, StreamPlan
 from introspect_ray.data.cluster import connect, is_elsewhere, is_verbose, quiet_stderr
 from introspect_ray.data.pool import check_resources, translated
 from introspect_ray.errors import RunFailed, UserError
@@ -56,7 +56,7 @@ class CoderSummary:
 class CoderTrainer:
     """Trains one coder: a thin shell around training/coder_loop.py."""
 
-    def run(self, run: CoderRun, texts: list[str], held_out: list[str]) -> Iterator[Metrics | dict[str, Any]]:
+    def run(self, run: CoderRun, texts: SharedTexts, held_out: SharedTexts) -> Iterator[Metrics | dict[str, Any]]:
         """Lines of metrics as they come, and at the end `{"report": ...}`. Raises UserError or RunFailed alone."""
         try:
             yield from self._run(run, texts, held_out)
@@ -64,7 +64,7 @@ class CoderTrainer:
             logger.exception("the training of %s ends", run.config.output)
             raise translated(error, "") from None
 
-    def _run(self, run: CoderRun, texts: list[str], held_out: list[str]) -> Iterator[Metrics | dict[str, Any]]:
+    def _run(self, run: CoderRun, texts: SharedTexts, held_out: SharedTexts) -> Iterator[Metrics | dict[str, Any]]:
         config = run.config
         common = (config.target, config.layer, run.places, config.stream)
         wanted, ahead = config.steps * config.batch_size, 2 * run.window_bytes
@@ -114,7 +114,7 @@ def _check_resources(config: TrainCoderConfig) -> None:
 def _trained(prepared: Prepared, progress: Progress) -> dict[str, Any]:
     """Attempts until one ends, or until `max_failures` of them left no newer line of metrics."""
     run, trainer = prepared.run, prepared.run.config.trainer
-    arguments = (run, prepared.texts, prepared.held_out)
+    arguments = (run, SharedTexts.of(prepared.read(held_out=False)), SharedTexts.of(prepared.read(held_out=True)))
     failures, newest = 0, _steps_logged(run)
     while True:
         trainer_class: Any = ray.remote(num_cpus=trainer.num_cpus, num_gpus=trainer.num_gpus)(CoderTrainer)

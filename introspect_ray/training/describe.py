@@ -2,6 +2,7 @@
 
     driver  which latents (exemplars, coder, lexicon) -> claim the folder -> shards that are left, one after the other
     describer  endpoint (threads) | chat model or explainer (Ray actors) | lexicon -> rows, answered or with a reason
+            | calls/: what an endpoint answered and cost, until it is in a shard
     driver  shards/shard-k.jsonl (renamed) ... -> descriptions.jsonl, failed.jsonl, summary.json (last)
 
 The same command goes on after any stop, and asks again about what failed for reasons that may pass.
@@ -21,6 +22,7 @@ from introspect_ray.data.chat_pool import check_chat, relevant_chat
 from introspect_ray.data.claim import Claim
 from introspect_ray.data.description_files import LEXICON, SUMMARY_FILE, lexicon_descriptions, write_descriptions
 from introspect_ray.data.identity import folder_digest
+from introspect_ray.data.journal import open_journal
 from introspect_ray.data.latent_rows import LatentRow, read_latent_rows, write_rows
 from introspect_ray.data.storage import Folder
 from introspect_ray.errors import RunFailed, UserError
@@ -30,6 +32,7 @@ from introspect_ray.features.descriptions import Description, by_latent
 from introspect_ray.features.exemplar_store import SplitName, open_exemplars
 from introspect_ray.features.sae import check_sae
 from introspect_ray.models.chat import COST_CAP
+from introspect_ray.models.journal import Journal
 from introspect_ray.tasks.base import stable_id
 from introspect_ray.training.describers import (
     NO_WINDOW,
@@ -56,8 +59,8 @@ class _Prepared:
     latents: list[tuple[int, int]]
     """(layer, latent), in order."""
     inputs: dict[str, str]
-    open: Callable[[float], AbstractContextManager[Describe]]
-    """The describer, given what earlier runs spent."""
+    open: Callable[[Journal], AbstractContextManager[Describe]]
+    """The describer, given the calls of earlier runs."""
 
 
 @dataclass(frozen=True)
@@ -98,18 +101,21 @@ def describe_latents(config: DescribeConfig, progress: Progress) -> DescribeSumm
     claim.write()
     shards = _shards(config, prepared, folder, run_key)
     left = [index for index, rows in enumerate(shards) if any(row.is_left(config.retry_failed) for row in rows)]
+    journal = open_journal(folder)
     asked = 0
     if left:
-        spent = sum(row.cost for rows in shards for row in rows)
         done, failed = map(list, zip(*map(_tally, shards), strict=True))
-        with prepared.open(spent) as describe:
-            for index in left:
-                asked += _describe_shard(config, shards, index, describe)
+        open_rows = [[row for row in shards[index] if row.is_left(config.retry_failed)] for index in left]
+        with prepared.open(journal) as describe:
+            for index, answered in zip(left, describe(open_rows), strict=True):
+                asked += len(answered)
+                shards[index] = _with_answered(shards[index], answered)
                 write_rows(folder, run_key, index, shards[index])
+                journal.settle()
                 done[index], failed[index] = _tally(shards[index])
                 progress(sum(done), len(prepared.latents), f"{sum(failed)} failed" if any(failed) else "")
                 _check_shard(shards[index])
-    return _finish(config, prepared, folder, [row for rows in shards for row in rows], asked)
+    return _finish(config, prepared, folder, [row for rows in shards for row in rows], asked, journal.spent)
 
 
 def _shards(config: DescribeConfig, prepared: _Prepared, folder: Folder, run_key: str) -> list[list[LatentRow]]:
@@ -125,15 +131,11 @@ def _shards(config: DescribeConfig, prepared: _Prepared, folder: Folder, run_key
     return shards
 
 
-def _describe_shard(config: DescribeConfig, shards: list[list[LatentRow]], index: int, describe: Describe) -> int:
-    """Answer what is left of one shard; the number of latents that were asked about."""
-    rows = shards[index]
-    places = [place for place, row in enumerate(rows) if row.is_left(config.retry_failed)]
-    for place, row in zip(places, describe([rows[place] for place in places]), strict=True):
-        assert (row.layer, row.latent) == (rows[place].layer, rows[place].latent)
-        assert row.candidates or row.failures, "a latent has a description or a reason"
-        rows[place] = row
-    return len(places)
+def _with_answered(rows: Sequence[LatentRow], answered: Sequence[LatentRow]) -> list[LatentRow]:
+    """The rows of a shard, with those that were asked about in their places."""
+    found = {(row.layer, row.latent): row for row in answered}
+    assert all(row.candidates or row.failures for row in answered), "a latent has a description or a reason"
+    return [found.pop((row.layer, row.latent), row) for row in rows]
 
 
 def _check_shard(rows: Sequence[LatentRow]) -> None:
@@ -158,7 +160,7 @@ def _tally(rows: Sequence[LatentRow]) -> tuple[int, int]:
 
 
 def _finish(
-    config: DescribeConfig, prepared: _Prepared, folder: Folder, rows: Sequence[LatentRow], asked: int
+    config: DescribeConfig, prepared: _Prepared, folder: Folder, rows: Sequence[LatentRow], asked: int, cost: float
 ) -> DescribeSummary:
     """Write the files that readers use, the summary last. Raises RunFailed as the config says."""
     descriptions = [
@@ -169,9 +171,7 @@ def _finish(
     failures = [(row, one) for row in rows for one in row.failures]
     reasons = dict(Counter(one.reason for _, one in failures).most_common())
     described = sum(bool(row.candidates) for row in rows)
-    summary = DescribeSummary(
-        config.output, len(rows), described, len(descriptions), reasons, sum(row.cost for row in rows), asked
-    )
+    summary = DescribeSummary(config.output, len(rows), described, len(descriptions), reasons, cost, asked)
     failed = [
         {"layer": row.layer, "latent": row.latent, "described": bool(row.candidates), **one.model_dump()}
         for row, one in failures
@@ -213,7 +213,7 @@ def _prepare_chat(config: DescribeConfig) -> _Prepared:
         f"llm:{_last_part(config.chat.name)}",
         latents,
         inputs | {f"exemplars {config.exemplars}": store.meta.run_key},
-        lambda spent: chat_describer(config, lambda latent: store.read(latent, EXEMPLAR_SPLIT), spent),
+        lambda journal: chat_describer(config, lambda latent: store.read(latent, EXEMPLAR_SPLIT), journal),
     )
 
 
@@ -230,7 +230,7 @@ def _prepare_explainer(config: DescribeConfig) -> _Prepared:
     inputs[f"SAE {sae}"] = folder_digest(coder_folder(sae))
     latents = _chosen(config, [(coder.layer, latent) for latent in range(coder.num_latents)], f"SAE {sae}")
     return _Prepared(
-        f"explainer:{_last_part(config.explainer)}", latents, inputs, lambda _spent: explainer_describer(config)
+        f"explainer:{_last_part(config.explainer)}", latents, inputs, lambda _journal: explainer_describer(config)
     )
 
 
@@ -239,7 +239,7 @@ def _prepare_lexicon(config: DescribeConfig) -> _Prepared:
     latents = _chosen(config, list(labels), f"the lexicon of {config.features.sae}")
     digest = stable_id([[layer, latent, one.text] for (layer, latent), found in labels.items() for one in found])
     return _Prepared(
-        LEXICON, latents, {f"lexicon of {config.features.sae}": digest}, lambda _spent: lexicon_describer(labels)
+        LEXICON, latents, {f"lexicon of {config.features.sae}": digest}, lambda _journal: lexicon_describer(labels)
     )
 
 

@@ -1,6 +1,7 @@
 """Who describes latents: a chat model that sees exemplars, a trained explainer that gets the decoder row, the lexicon.
 
-Each takes latents, rows of which may hold answers of earlier runs, and gives them back with the answers that were left.
+Each takes shards of latents, rows of which may hold answers of earlier runs, and gives them back with the answers that
+were left, shard after shard.
 """
 
 from __future__ import annotations
@@ -19,21 +20,26 @@ from introspect_ray.features.descriptions import Description
 from introspect_ray.features.exemplars import LatentExemplars
 from introspect_ray.features.sae import load_sae
 from introspect_ray.models.chat import ChatModel, Completion, Conversation, Failure
+from introspect_ray.models.journal import Journal
 from introspect_ray.training.answering import AnswerPool
 
-Describe = Callable[[Sequence[LatentRow]], list[LatentRow]]
+Describe = Callable[[Sequence[Sequence[LatentRow]]], Iterator[list[LatentRow]]]
 NO_WINDOW = "fires_in_no_window"
 NO_LABEL = "not_in_the_lexicon"
+SHARDS_PER_ACTOR = 2
+"""Shards that wait or are under way, for every actor of an explainer."""
 
 
 # --- a chat model -----------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def chat_describer(config: DescribeConfig, read: Callable[[int], LatentExemplars], spent: float) -> Iterator[Describe]:
-    """Asks the chat model of the config about the exemplars that `read` gives; `spent` is the cost of earlier runs."""
-    with chat_model(config.chat, config.actors, config.seed, spent) as model:
-        yield lambda rows: describe_by_chat(config, model, read, rows)
+def chat_describer(
+    config: DescribeConfig, read: Callable[[int], LatentExemplars], journal: Journal
+) -> Iterator[Describe]:
+    """Asks the chat model of the config about the exemplars that `read` gives."""
+    with chat_model(config.chat, config.actors, config.seed, journal) as model:
+        yield lambda shards: (describe_by_chat(config, model, read, rows) for rows in shards)
 
 
 def describe_by_chat(
@@ -82,7 +88,6 @@ def _with_answers(row: LatentRow, answers: Mapping[int, Completion | Failure]) -
         latent=row.latent,
         candidates=tuple(candidates.values()),
         failures=tuple(sorted(failures, key=lambda one: one.sample)),
-        cost=row.cost + sum(answer.cost for answer in answers.values()),
     )
 
 
@@ -98,11 +103,18 @@ def explainer_describer(config: DescribeConfig) -> Iterator[Describe]:
         check_resources(config.actors)
         pool = AnswerPool(config.explainer, config.actors, config.batch_size, lambda _count: None)
 
-        def describe(rows: Sequence[LatentRow]) -> list[LatentRow]:
-            vectors = [coder.feature_vectors[row.latent].float().numpy() for row in rows]
-            texts = pool.answer("trained", [Query((before, Vector(one, (coder.layer,)), after)) for one in vectors])
-            found = [Completion(text, 0, 0) for text in texts]
-            return [_with_answers(row, {0: answer}) for row, answer in zip(rows, found, strict=True)]
+        def query(row: LatentRow) -> Query:
+            return Query((before, Vector(coder.feature_vectors[row.latent].float().numpy(), (coder.layer,)), after))
+
+        def describe(shards: Sequence[Sequence[LatentRow]]) -> Iterator[list[LatentRow]]:
+            # A shard may be no more than one batch: as many are asked about at once as keep all actors at work.
+            together = SHARDS_PER_ACTOR * config.actors.max_size
+            for start in range(0, len(shards), together):
+                group = shards[start : start + together]
+                answers = pool.answer_groups("trained", [list(map(query, rows)) for rows in group])
+                for rows, texts in zip(group, answers, strict=True):
+                    found = [Completion(text, 0, 0) for text in texts]
+                    yield [_with_answers(row, {0: answer}) for row, answer in zip(rows, found, strict=True)]
 
         yield describe
 
@@ -114,13 +126,10 @@ def explainer_describer(config: DescribeConfig) -> Iterator[Describe]:
 def lexicon_describer(labels: Mapping[tuple[int, int], Sequence[Description]]) -> Iterator[Describe]:
     """Looks latents up in the labels that ship with a coder."""
 
-    def describe(rows: Sequence[LatentRow]) -> list[LatentRow]:
-        found = []
-        for row in rows:
-            known = labels.get((row.layer, row.latent), ())
-            candidates = tuple(Candidate(text=one.text, scores=dict(one.scores)) for one in known)
-            missing = () if candidates else (FailedAnswer(sample=0, reason=NO_LABEL),)
-            found.append(row.model_copy(update={"candidates": candidates, "failures": missing}))
-        return found
+    def labelled(row: LatentRow) -> LatentRow:
+        known = labels.get((row.layer, row.latent), ())
+        candidates = tuple(Candidate(text=one.text, scores=dict(one.scores)) for one in known)
+        missing = () if candidates else (FailedAnswer(sample=0, reason=NO_LABEL),)
+        return row.model_copy(update={"candidates": candidates, "failures": missing})
 
-    yield describe
+    yield lambda shards: (list(map(labelled, rows)) for rows in shards)

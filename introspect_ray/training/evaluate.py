@@ -17,6 +17,7 @@ from introspect_ray.data.cluster import connect
 from introspect_ray.data.dataset import Dataset, open_dataset
 from introspect_ray.data.generate import check_resources
 from introspect_ray.data.identity import folder_digest
+from introspect_ray.data.journal import open_journal
 from introspect_ray.data.manifest import CONFIG_NAME
 from introspect_ray.data.storage import Folder
 from introspect_ray.errors import UserError
@@ -186,7 +187,7 @@ def _evaluate(
     keep = _keeper(folder, job.task.name, len(test), tally)
     evaluation = _answer(contest, test, config, keep, tally)
     if config.judge is not None and job.task.name == JUDGED_TASK:
-        with chat_model(config.judge.chat, config.actors, config.seed) as model:
+        with chat_model(config.judge.chat, config.actors, config.seed, open_journal(folder)) as model:
             evaluation = with_judgements(evaluation, Judge(model), config.judge.max_labels, keep)
     curve = [(line["step"], line["loss"]) for line in read_metrics(Folder(job.run.explainer))]
     return evaluation, build_task_report(job.task, test, evaluation, curve, config.num_browsable)

@@ -5,7 +5,7 @@
     driver  all shards -> descriptions.jsonl, controls.jsonl, judgements.jsonl, scores.json, report.html
 
 A call that failed is counted and never a score. A shard in which calls failed that may succeed another time is done
-again by the same command; what it cost stays counted.
+again by the same command, which asks an endpoint only what it did not answer (data/journal.py).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from introspect_ray.data.description_files import (
     read_descriptions,
     write_descriptions,
 )
+from introspect_ray.data.journal import open_journal
 from introspect_ray.data.judged_shards import ShardResult, read_result, write_result
 from introspect_ray.data.storage import Folder
 from introspect_ray.errors import RunFailed, UserError
@@ -47,6 +48,7 @@ from introspect_ray.features.exemplar_store import ExemplarStore, open_exemplars
 from introspect_ray.features.exemplars import Exemplar, LatentExemplars
 from introspect_ray.features.judgements import classification_scores
 from introspect_ray.models.chat import COST_CAP, ChatModel, Metered
+from introspect_ray.models.journal import Journal
 from introspect_ray.models.paths import resolve_model_path
 from introspect_ray.tasks.base import stable_id
 from introspect_ray.training.simulator_run import candidates_of, drawn
@@ -90,31 +92,31 @@ def judge_descriptions(config: JudgeDescriptionsConfig, progress: Progress) -> J
     sizes = [len(descriptions) for descriptions in run.shards]
     done = sum(size for index, size in enumerate(sizes) if index not in left)
     progress(done, sum(sizes), "")
+    journal = open_journal(run.folder)
     if left:
         with ExitStack() as stack:
-            spent = sum(one.cost for one in found if one is not None)
-            tools = _Tools(config, stack, spent)
+            tools = _Tools(config, stack, journal)
             for index in left:
-                before = 0.0 if (earlier := found[index]) is None else earlier.cost
                 found[index] = result = run.judge(run.shards[index], tools)
-                result.cost += before
                 write_result(run.folder, run.claim.run_key, index, result)
                 done += sizes[index]
                 progress(done, sum(sizes), "")
                 _check(result, config)
-    return _finish(run, [one for one in found if one is not None])
+    if not any(one.may_pass for one in found if one is not None):
+        journal.settle()
+    return _finish(run, [one for one in found if one is not None], journal.spent)
 
 
 class _Tools:
     """The models that the methods need, loaded when the first shard needs them."""
 
-    def __init__(self, config: JudgeDescriptionsConfig, stack: ExitStack, spent: float):
-        self._config, self._stack, self._spent = config, stack, spent
+    def __init__(self, config: JudgeDescriptionsConfig, stack: ExitStack, journal: Journal):
+        self._config, self._stack, self._journal = config, stack, journal
 
     @cached_property
     def model(self) -> ChatModel:
         config = self._config
-        return self._stack.enter_context(chat_model(config.chat, config.actors, config.seed, self._spent))
+        return self._stack.enter_context(chat_model(config.chat, config.actors, config.seed, self._journal))
 
     @cached_property
     def embedder(self) -> Embedder:
@@ -153,7 +155,7 @@ class _Run:
         if model is None:
             return ShardResult(scored, judgements)
         failures, may_pass = dict(model.failures), {name: count for name, count in model.may_pass.items() if count}
-        return ShardResult(scored, judgements, model.cost, model.num_answers, failures, may_pass)
+        return ShardResult(scored, judgements, model.num_answers, failures, may_pass)
 
     def _windows(
         self, kind: Kind, descriptions: Sequence[Description], scores: list[dict[str, Score]], model: ChatModel
@@ -235,8 +237,8 @@ def _check(result: ShardResult, config: JudgeDescriptionsConfig) -> None:
         raise RunFailed(f"the endpoint answered nothing, mostly {reason}; the same command asks again")
 
 
-def _finish(run: _Run, results: Sequence[ShardResult]) -> JudgeSummary:
-    """Write what the shards come to. Raises RunFailed if too many calls failed."""
+def _finish(run: _Run, results: Sequence[ShardResult], cost: float) -> JudgeSummary:
+    """Write what the shards come to, at this cost in all. Raises RunFailed if too many calls failed."""
     config, folder = run.config, run.folder
     scored = [one for result in results for one in result.scored]
     own = [one for one in scored if one.description.source not in config.controls]
@@ -248,7 +250,6 @@ def _finish(run: _Run, results: Sequence[ShardResult]) -> JudgeSummary:
         for reason, count in result.failures.items():
             failures[reason] = failures.get(reason, 0) + count
     num_failed, num_calls = sum(failures.values()), sum(failures.values()) + sum(one.answers for one in results)
-    cost = sum(one.cost for one in results)
     write_descriptions(folder, [one.filled for one in own])
     folder.write(CONTROLS_NAME, description_lines(one.filled for one in controls).encode())
     texts = {(one.description.layer, one.description.latent, one.description.text) for one in own}

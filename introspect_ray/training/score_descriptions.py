@@ -1,6 +1,6 @@
 """Scoring descriptions on Ray: actors hold the simulator, shards of latents go through them, files are written once.
 
-    driver  checks (no Ray, no model) -> claim folder -> shards that are not there -> ActorPool
+    driver  checks (no Ray, no model) -> claim folder -> shards that are not there -> WorkerPool
     actors  ScoreWorker: simulator loaded once; per shard: exemplars read, all candidates scored -> shards/shard-k.json
     driver  all shards -> descriptions.jsonl, controls.jsonl, best.jsonl, scores.json, report.html
 
@@ -16,18 +16,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
-import torch
-from ray.exceptions import RayError
-from ray.util import ActorPool
-
 from introspect_ray.config import ActorConfig, ScoreDescriptionsConfig, SimulatorConfig, resolved
 from introspect_ray.data.claim import Claim
-from introspect_ray.data.cluster import connect, quiet_stderr
+from introspect_ray.data.cluster import connect
 from introspect_ray.data.description_files import write_descriptions
-from introspect_ray.data.generate import check_resources
 from introspect_ray.data.identity import identify_target
+from introspect_ray.data.pool import check_resources
 from introspect_ray.data.storage import Folder
+from introspect_ray.data.workers import WorkerPool, use_assigned_threads
 from introspect_ray.errors import RunFailed, UserError
 from introspect_ray.evaluation.description_scores import (
     CONTROLS,
@@ -89,25 +85,24 @@ class ScoresSummary:
 
 
 class ScoreWorker:
-    """Holds the simulator; scores one shard per call and says what went wrong instead of raising it."""
+    """Holds the simulator; scores one shard per call."""
 
     def __init__(self, config: ScoreDescriptionsConfig, load: LoadSimulator):
-        torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
+        use_assigned_threads()
         self.config = config
         self.store = open_exemplars(config.exemplars)
         # What a batch holds decides about last bits: a memory that outlives a shard would let them depend on history.
         self.simulator = load(config.simulator.model_copy(update={"cache_tokens": 0}))
 
-    def score(self, shard: Shard) -> tuple[str, str]:
-        """Kind and text of an error, or two empty texts."""
+    def score(self, shard: Shard) -> None:
+        """Write one shard. Raises UserError, or RunFailed that names it."""
         try:
             write_shard(self.config, self.store, self.simulator, shard)
-        except UserError as error:
-            return UserError.__name__, str(error)
+        except UserError:
+            raise
         except Exception as error:
             logger.exception("%s cannot be written", shard.name)
-            return RunFailed.__name__, f"{shard.name}: {type(error).__name__}: {error}"
-        return "", ""
+            raise RunFailed(f"{shard.name}: {type(error).__name__}: {error}") from None
 
 
 def write_shard(
@@ -235,31 +230,13 @@ def _shards(everything: Sequence[Description], latents_per_shard: int, run_key: 
 
 def _on_actors(config: ScoreDescriptionsConfig, shards: Sequence[Shard], load: LoadSimulator) -> Iterator[Shard]:
     """Every shard when it is done, in order. Raises the first error."""
-    actors = config.actors
-    remote = ray.remote(num_cpus=actors.num_cpus, num_gpus=actors.num_gpus, max_restarts=2, max_task_retries=-1)(
-        ScoreWorker
-    )
     model = config.simulator.model
-    if model.device == "auto" and not actors.num_gpus:
+    if model.device == "auto" and not config.actors.num_gpus:
         placed = config.simulator.model_copy(update={"model": model.model_copy(update={"device": "cpu"})})
         config = config.model_copy(update={"simulator": placed})
-    size = min(actors.initial_size, len(shards))
-    pool = ActorPool([remote.remote(config, load) for _ in range(size)])
-
-    def ask(actor: Any, shard: Shard) -> Any:
-        return actor.score.remote(shard)
-
-    answers = pool.map(ask, list(shards))
-    try:
-        for shard in shards:
-            with quiet_stderr():
-                kind, said = next(answers)
-            if kind:
-                raise UserError(said) if kind == UserError.__name__ else RunFailed(said)
-            yield shard
-    except RayError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise RunFailed(f"an actor failed: {lines[-1]}; the same command tries again") from error
+    pool = WorkerPool(ScoreWorker, (config, load), config.actors)
+    for shard, _ in zip(shards, pool.map("score", [(shard,) for shard in shards]), strict=True):
+        yield shard
 
 
 def _finish(config: ScoreDescriptionsConfig, store: ExemplarStore, scored: Sequence[Scored]) -> ScoresSummary:

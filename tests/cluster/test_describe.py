@@ -1,5 +1,7 @@
 """Latents described by models on Ray actors: the same words as in one process, however many actors there are."""
 
+import os
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +23,8 @@ from introspect_ray.config import (
 from introspect_ray.data.chat_pool import chat_model
 from introspect_ray.data.cluster import connect
 from introspect_ray.data.description_files import read_descriptions
-from introspect_ray.errors import UserError
+from introspect_ray.data.workers import WorkerPool
+from introspect_ray.errors import RunFailed, UserError
 from introspect_ray.explainer.card import TargetInfo
 from introspect_ray.explainer.model import Explainer
 from introspect_ray.explainer.query import Query, Vector
@@ -29,6 +32,7 @@ from introspect_ray.features.describing import description_question, parse_descr
 from introspect_ray.features.exemplars import LatentExemplars
 from introspect_ray.features.sae import load_sae
 from introspect_ray.models.chat import Completion, ask
+from introspect_ray.models.journal import Journal
 from introspect_ray.models.local_chat import LocalChat
 from introspect_ray.training.describe import describe_latents
 
@@ -98,14 +102,17 @@ def test_a_local_chat_model_on_actors_says_what_it_says_in_one_process(tmp_path,
 def test_choices_on_actors_come_in_order_and_a_broken_model_is_the_users_error(tmp_path):
     config = ChatConfig(local=LocalChatConfig(batch_size=2))
     questions = [ask(f"{word} is a city. " * (n + 1)) for n, word in enumerate(WORDS)]
-    with chat_model(config, ActorConfig(), seed=0) as model:
+    with chat_model(config, ActorConfig(), 0, Journal()) as model:
         found = model.choose(questions, ("yes", "no"))
     expected = LocalChat.load(config, seed=0).choose(questions, ("yes", "no"))
     for one, other in zip(found, expected, strict=True):
         assert one.probabilities == pytest.approx(other.probabilities, rel=1e-4)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     broken = ChatConfig.model_validate({"local": {"model": {"path": str(tmp_path)}}})
-    with pytest.raises(UserError, match="could not be loaded"), chat_model(broken, ActorConfig(), seed=0) as model:
+    with (
+        pytest.raises(UserError, match="could not be loaded"),
+        chat_model(broken, ActorConfig(), 0, Journal()) as model,
+    ):
         model.complete(questions)
 
 
@@ -133,3 +140,57 @@ def test_an_explainer_on_actors_describes_decoder_rows(tmp_path):
         (latent, text) for latent, text in enumerate(said) if isinstance(text, str)
     ]
     assert {one.source for one in found} == {"explainer:mine"}
+
+
+def worker():
+    """A class of actors; made here, so that it ships by its content and not by the name of this file."""
+
+    class Worker:
+        def __init__(self, fault=None):
+            if fault:
+                raise fault
+
+        def ask(self, question):
+            """The question and which process hears it; one ends the process, others are refused."""
+            if question == "deadly":
+                os._exit(1)
+            if question == "bad":
+                raise UserError("a bad question")
+            if question == "broken":
+                raise ValueError("a broken\nworker")
+            time.sleep(0.05 if question % 3 else 0.3)
+            return question, os.getpid()
+
+    return Worker
+
+
+def test_a_pool_grows_to_its_largest_size_and_answers_in_order_whatever_has_no_place():
+    pool = WorkerPool(worker(), (), ActorConfig(num_cpus=0.4, max_size=3))
+    found = list(pool.map("ask", [(n,) for n in range(40)]))
+    assert [number for number, _ in found] == list(range(40))
+    assert len({process for _, process in found}) == pool.size == 3
+    endless = WorkerPool(worker(), (), ActorConfig(num_cpus=0.4, max_size=99))
+    assert [number for number, _ in endless.map("ask", [(n,) for n in range(30)])] == list(range(30))
+    assert next(endless.map("ask", [(7,), (8,)]))[0] == 7
+    assert [number for number, _ in endless.map("ask", [(4,)])] == [4], "what nobody waited for is no answer"
+    assert len(list(WorkerPool(worker(), (), ActorConfig(initial_size=9, max_size=9)).map("ask", []))) == 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "question", "kind", "said"),
+    [
+        (UserError("no such model"), 0, UserError, "no such model"),
+        (None, "bad", UserError, "a bad question"),
+        (None, "broken", RunFailed, "an actor failed: .*worker"),
+        (
+            None,
+            "deadly",
+            RunFailed,
+            "an actor failed: .*; the same command tries again",
+        ),
+    ],
+)
+def test_what_actors_fail_of_is_said_in_one_line(fault, question, kind, said):
+    with pytest.raises(kind, match=f"^{said}") as error:
+        list(WorkerPool(worker(), (fault,), ActorConfig(num_cpus=0.1)).map("ask", [(question,)]))
+    assert type(error.value) is kind and "\n" not in str(error.value)

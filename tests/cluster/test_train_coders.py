@@ -4,7 +4,6 @@ without Ray, from the same blocks."""
 import os
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 import torch
 from dying_trainer import DyingTrainer
@@ -40,7 +39,7 @@ def cluster():
 def blocks(target, plan, texts, block=0, first=0):
     """The parts of a stream, one per block, computed here."""
     while plan.num_blocks is None or block < plan.num_blocks:
-        rows = block_rows(target, plan, pa.array(texts, pa.large_string()), block)
+        rows = block_rows(target, plan, texts, block)
         columns = tuple(torch.from_numpy(rows[place])[first:] for place in plan.places)
         yield Part(block, first, columns)
         block, first = block + 1, 0
@@ -51,13 +50,14 @@ def without_ray(config):
     prepared = prepare(config)
     prepared.claim.write()
     run, target = prepared.run, Target.load(config.target)
+    fitted, held_out = prepared.read(held_out=False), prepared.read(held_out=True)
     plans = [
         StreamPlan(config.target, config.layer, run.places, config.stream, len(texts), seed)
-        for texts, seed in ((prepared.texts, config.seed), (prepared.held_out, None))
+        for texts, seed in ((fitted, config.seed), (held_out, None))
     ]
-    for _ in train(run, lambda block, first: blocks(target, plans[0], prepared.texts, block, first)):
+    for _ in train(run, lambda block, first: blocks(target, plans[0], fitted, block, first)):
         pass
-    return export(run, blocks(target, plans[1], prepared.held_out))
+    return export(run, blocks(target, plans[1], held_out))
 
 
 def test_coder_whose_trainer_died_is_the_one_made_without_ray(tmp_path, monkeypatch):

@@ -13,10 +13,12 @@ from collect_helpers import collect_config, collect_here, content, damaged
 
 from introspect_ray.config import SourceConfig
 from introspect_ray.data.attempts import BATCH_DEATHS, ITEM_DEATHS, Attempt
-from introspect_ray.data.collecting import ScanOrder, plan_collection, read_texts
-from introspect_ray.data.merging import CoderScans
+from introspect_ray.data.collecting import ScanOrder, plan_collection
+from introspect_ray.data.merging import BlockOrder, GatherOrder, Merging
 from introspect_ray.data.scanning import Scanner, finished_info, scan_shard
 from introspect_ray.data.splits import SPLITS, split_of
+from introspect_ray.data.storage import Folder
+from introspect_ray.data.texts import read_texts
 from introspect_ray.errors import RunFailed, UserError
 from introspect_ray.features import exemplar_store
 from introspect_ray.features.exemplar_store import open_exemplars
@@ -135,7 +137,7 @@ def test_the_same_run_continues_and_redoes_what_is_damaged(scanner, tmp_path):
     plan = plan_collection(again)
     infos = [finished_info(plan.work, order) for order in plan.scans]
     assert all(infos) and len(infos) == 3
-    rows_file = Path(again.output) / "work" / "scans" / "00" / "rows-00001.parquet"
+    rows_file = Path(again.output) / "work" / "scans" / "00" / "rows-00001"
     rows_file.write_bytes(rows_file.read_bytes()[:-100])  # a truncated shard
     (Path(again.output) / "work" / "shards" / "shard-00002.json").write_text('{"run_key": ')
     assert [bool(finished_info(plan.work, order)) for order in plan.scans] == [True, False, False]
@@ -148,17 +150,64 @@ def test_a_shard_that_is_damaged_afterwards_is_named_and_made_again(scanner, tmp
     config = collect_config(tmp_path, TEXTS[:40])
     collect_here(config, scanner)
     plan = plan_collection(config)
-    for kind in ("windows", "rows"):
-        file = Path(config.output) / "work" / "scans" / "00" / f"{kind}-00001.parquet"
+    scans = Merging.of(plan).scans[0]
+    readers = {"windows": lambda: scans.windows(1), "rows": lambda: scans.rows(0), "pool": lambda: scans.pool}
+    for kind, read in readers.items():
+        file = Path(config.output) / "work" / "scans" / "00" / f"{kind}-00001"
         whole = file.read_bytes()
-        file.write_bytes(whole[:40] + bytes(byte ^ 255 for byte in whole[40:60]) + whole[60:])
+        file.write_bytes(whole[:80] + bytes(byte ^ 255 for byte in whole[80:100]) + whole[100:])
         with pytest.raises(RunFailed, match=r"shard 1 of .*/work was damaged .*; the same command makes it again"):
-            CoderScans(plan.work, config, 0, 2).rows(0, 2000) if kind == "rows" else CoderScans(
-                plan.work, config, 0, 2
-            ).windows(np.array([1], np.uint64))
+            read()
         assert finished_info(plan.work, plan.scans[1]) is None
         scan_shard(scanner, config, plan.work, plan.scans[1], "run")
         assert file.read_bytes() == whole
+
+
+def test_what_a_step_of_merging_left_damaged_is_made_again(scanner, tmp_path):
+    config = collect_config(tmp_path, TEXTS[:40])
+    expected = content(collect_here(config, scanner)["sae"])
+    plan = plan_collection(config)
+    order = Merging.of(plan).orders(BlockOrder)[1]
+    for name in ("chosen/00/rows-00001", "chosen/00/windows-00001", "scans/00/gathered-00001"):
+        file = Path(config.output) / "work" / name
+        file.write_bytes(file.read_bytes()[:30])
+        merging = Merging.of(plan)
+        assert merging.finished(order)
+        with pytest.raises(RunFailed, match=r"what is merged in .*/work was damaged .*; the same command makes it"):
+            for other in (*(() if "gathered" in name else merging.orders(GatherOrder)), order):
+                merging.make(other)
+        assert merging.finished(order) is None
+        assert content(collect_here(config, scanner)["sae"]) == expected
+
+
+def test_merging_reads_what_shards_wrote_about_once_however_many_blocks_there_are(scanner, tmp_path, monkeypatch):
+    """As many bytes of every file as it has, and the two offsets of each part; one part per shard and block."""
+    read = Counter()
+    calls = Counter()
+    whole = Folder.read
+
+    def counted(folder, name, start=None, end=None):
+        content = whole(folder, name, start, end)
+        if "/work" in folder.url and not name.startswith("plan/"):
+            read[name] += len(content)
+            calls[name] += 1
+        return content
+
+    config = collect_config(tmp_path, TEXTS, latents_per_block=200)
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "read", counted)
+        collect_here(config, scanner)
+    merging = Merging.of(plan_collection(config))
+    shards, blocks = merging.num_shards, merging.scans[0].num_blocks
+    assert shards > 2 and blocks == 8
+    assert {name.rpartition("-")[0] for name in read} >= {
+        f"{folder}/00/{kind}"
+        for folder, kind in (("scans", "rows"), ("scans", "windows"), ("scans", "gathered"), ("chosen", "windows"))
+    }
+    for name, size in read.items():
+        if name.startswith(("scans/", "chosen/")):
+            assert size <= merging.work.size(name) + 8 * max(shards, blocks), name
+            assert calls[name] <= 2 * max(shards, blocks), name
 
 
 def test_tokens_without_numbers_are_counted_and_their_windows_left_out(scanner, tmp_path):
@@ -222,6 +271,19 @@ def test_rows_of_the_source_are_counted_once_each(tmp_path):
     assert found.reasons == {"duplicate_row": 3, "empty_text": 1}
     assert list(found) == [(0, "b"), (1, "a"), (5, "c")]
     assert found.num_used == 3
+
+
+def test_a_source_that_changes_between_passes_is_noticed(tmp_path):
+    file = tmp_path / "texts.jsonl"
+    rows_of = [json.dumps({"text": text}) + "\n" for text in ("one", "two", "two", "three")]
+    file.write_text("".join(rows_of))
+    texts = read_texts(SourceConfig(path=str(file)))
+    assert list(texts) == [(0, "one"), (1, "two"), (3, "three")]
+    assert [(row, reason) for row, _, reason in texts.rows() if reason] == [(2, "duplicate_row")]
+    for now, said in ((rows_of[:3], "shorter"), (rows_of * 2, "longer")):
+        file.write_text("".join(now))
+        with pytest.raises(UserError, match=f"has become {said}"):
+            list(texts)
 
 
 def test_folders_that_are_no_exemplars_are_refused(config, stores, tmp_path):

@@ -10,7 +10,7 @@ from introspect_ray.data.convert_descriptions import best, convert_descriptions
 from introspect_ray.data.description_files import lexicon_descriptions, read_descriptions
 from introspect_ray.data.sources import load_source
 from introspect_ray.errors import UserError
-from introspect_ray.features.delphi import explanation_file
+from introspect_ray.features.delphi import explanation_file, read_simulation
 from introspect_ray.features.descriptions import Description, description_lines
 from introspect_ray.models.paths import POCKET_ARTIFACTS
 
@@ -65,8 +65,23 @@ def test_delphi_to_ours_and_back_is_exact_and_everything_else_is_counted(tmp_pat
     assert cats.scores["detection/balanced_accuracy"] is None and cats.scores["detection/failure_rate"] == 0.5
     convert(tmp_path / "ours", tmp_path / "back", "descriptions", "delphi")
     kept = [name for name in files if "latent13" not in name and name.split("/")[1] not in ("fuzz", "embedding")]
-    kept.remove("scores/simulation/layers.1_latent3.txt")  # only its result is kept
-    assert tree(tmp_path / "back") == {name: files[name] for name in kept}
+    back = tree(tmp_path / "back")
+    simulated = "scores/simulation/layers.1_latent3.txt"  # only its result is kept
+    kept.remove(simulated)
+    assert read_simulation("layers.1_latent3.txt", back.pop(simulated)) == ((1, 3), 0.5)
+    assert back == {name: files[name] for name in kept}
+
+
+def test_scores_go_to_delphi_where_its_layout_has_a_place_and_are_counted_where_not(tmp_path):
+    scores = {"correlation": 0.25, "f1": 0.5, "detection/auc": 0.75}
+    ours = [Description(1, 4, "cats", "a", scores), Description(1, 5, "dogs", "a", {"correlation": None})]
+    (tmp_path / "descriptions.jsonl").write_text(description_lines(ours))
+    line, summary = convert(tmp_path, tmp_path / "d", "descriptions", "delphi", delphi_simulation="correlation")
+    assert summary["not_used"] == {"delphi_holds_no_such_score": 1, "score_without_judgements": 1}
+    assert "1 not used: delphi_holds_no_such_score" in line
+    convert(tmp_path / "d", tmp_path / "back", "delphi", "descriptions")
+    values = [one.scores["simulation/correlation"] for one in read_descriptions(str(tmp_path / "back"))]
+    assert values == [0.25, None]
 
 
 def test_ours_to_neuronpedia_and_back_is_exact(tmp_path):
@@ -113,10 +128,10 @@ def test_of_several_candidates_delphi_gets_the_best_by_the_score_and_the_others_
     assert best(ours[:2], "sim").text == "felines"
     (tmp_path / "descriptions.jsonl").write_text(description_lines(ours))
     _, summary = convert(tmp_path, tmp_path / "d", "descriptions", "delphi", delphi_best_by="sim")
-    assert summary["not_used"] == {"delphi_holds_one_per_latent": 3}
+    assert summary["not_used"] == {"delphi_holds_no_such_score": 1, "delphi_holds_one_per_latent": 3}
     assert tree(tmp_path / "d") == {"explanations/layers.1_latent4.txt": b'"pets"'}
     reasons = [json.loads(line) for line in (tmp_path / "d/unused.jsonl").read_text().splitlines()]
-    assert len(reasons) == 3 and reasons[0]["where"] == "layer 1 latent 4: cats"
+    assert len(reasons) == 4 and reasons[0]["where"] == "layer 1 latent 4: cats"
 
 
 def test_the_lexicon_becomes_labels_of_task_1(tmp_path):

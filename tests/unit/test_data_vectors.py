@@ -18,6 +18,7 @@ from introspect_ray.data.dataset import open_dataset
 from introspect_ray.data.finish import finish
 from introspect_ray.data.prepare import begin
 from introspect_ray.data.prepare import prepare as prepare_dataset
+from introspect_ray.data.shards import read_items
 from introspect_ray.data.sources import load_source
 from introspect_ray.data.storage import Folder
 from introspect_ray.data.vector_files import open_vectors, vector_schema, write_vectors
@@ -63,7 +64,8 @@ def target() -> Target:
 def test_vectors_are_of_held_out_texts_and_of_pairs_of_the_test_split(target: Target, tmp_path: Path) -> None:
     run = prepare(config(tmp_path))
     assert [item["kind"] for item in run.items] == ["activation"] * 3 + ["difference"] * 3
-    corpus = {text for _, text in run.corpus}
+    corpus = {item["text"] for item in run.corpus}
+    assert run.num_corpus == len(corpus) == len(run.mean_texts) and set(run.mean_texts) == corpus
     assert 30 < len(corpus) < 60 and not corpus & {item["text"] for item in run.items[:3]}
     rows = list(item_vectors(target, run.items, run.config))
     assert len(rows) == 12 and len({row["vector_id"] for row in rows}) == 12
@@ -151,12 +153,13 @@ def test_activations_are_projections_on_the_unit_vector_from_the_mean() -> None:
 def parts_of(run: VectorRun, target: Target, folder: Folder, again: Sequence[int] = ()) -> list[PartOrder]:
     """Writes all parts, after some that are written twice, as after a lost actor."""
     rows = list(item_vectors(target, run.items, run.config))
-    means = corpus_mean(target, run.config, [text for _, text in run.corpus[:10]])
+    means = corpus_mean(target, run.config, run.mean_texts[:10])
     vectors = unit_vectors(rows, as_matrix(rows), means)
     parts = run.parts()
-    for order in [*(list(parts)[index] for index in again), *parts]:
-        write_part(folder, order, target, parts[order], vectors, run.config)
-    return list(parts)
+    run.write_parts(parts)
+    for order in [*(parts[index] for index in again), *parts]:
+        write_part(folder, order, target, read_items(run.work, order), vectors, run.config)
+    return parts
 
 
 def test_merged_parts_are_those_of_one_brute_force_pass(target: Target, tmp_path: Path) -> None:
@@ -176,10 +179,10 @@ def test_merged_parts_are_those_of_one_brute_force_pass(target: Target, tmp_path
     assert whole[2].firing == found[2].firing and whole[2].tokens == found[2].tokens
     # Brute force: every token of every text, one piece of a text at a time.
     rows = list(item_vectors(target, run.items, run.config))
-    means = corpus_mean(target, run.config, [text for _, text in run.corpus[:10]])
+    means = corpus_mean(target, run.config, run.mean_texts[:10])
     states = {
         (text, offset): all_states(target, [full[0], *full[1 + offset : 12 + offset]])
-        for text, full in ((text, target.encode(content)) for text, content in run.corpus)
+        for text, full in ((item["row"], target.encode(item["text"])) for item in run.corpus)
         for offset in range(0, max(1, len(full) - 1), 11)
     }
     for number in (0, 5, 11):

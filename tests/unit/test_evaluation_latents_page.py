@@ -84,7 +84,13 @@ def folder(tmp_path):
 
 def describe(path: Path, *rows: tuple[int, int, str, float | None]) -> str:
     lines = [
-        {"layer": layer, "latent": latent, "text": text, "source": "me", "scores": {"fit": None, "f1": score}}
+        {
+            "layer": layer,
+            "latent": latent,
+            "text": text,
+            "source": "me",
+            "scores": {"fit": 1 - (score or 0), "f1": score},
+        }
         for layer, latent, text, score in rows
     ]
     path.write_text("\n".join(map(json.dumps, lines)))
@@ -103,22 +109,28 @@ def data(folder: Path, kind: str) -> list:
     return found
 
 
-def test_every_latent_is_listed_with_its_best_description(folder, tmp_path):
+def test_every_latent_is_listed_with_its_best_description_by_the_score_that_is_named(folder, tmp_path):
     file = describe(
         tmp_path / "d.jsonl", (2, 1, "worse", 0.1), (2, 1, NASTY, 0.7), (2, 3, "unscored", None), (0, 1, "x", 1)
     )
     line = browse_latents(
-        BrowseConfig(exemplars=str(folder), descriptions=(file,), latents_per_file=3), lambda *_: None
+        BrowseConfig(exemplars=str(folder), descriptions=(file,), latents_per_file=3, score="f1"), lambda *_: None
     )
     (rows,) = data(folder, "list")
     assert rows[0] == [0, 0.001, 0.5, "", None]
     assert rows[1] == [1, 0.01, 1.5, NASTY, 0.7]
     assert rows[3] == [3, 0.1, 3.5, "unscored", None]
     assert [row[0] for row in rows] == list(range(LATENTS))
-    assert "5 latents that fire, 2 described; 1 descriptions are of other layers or latents" in line
+    assert (
+        "5 latents that fire, 2 described, 1 of them ranked by f1; 1 descriptions are of other layers or latents"
+        in line
+    )
     details = data(folder, "latents")
     assert [sorted(part["latents"], key=int) for part in details] == [["0", "1", "2"], ["3", "4", "5"], ["6"]]
     assert [one["text"] for one in details[0]["latents"]["1"]["descriptions"]][1] == "worse"
+    line = browse_latents(BrowseConfig(exemplars=str(folder), descriptions=(file,)), lambda *_: None)
+    assert "no description has the score correlation to rank by (scores found: f1, fit)" in line
+    assert data(folder, "list")[0][1] == [1, 0.01, 1.5, "worse", None], "the first one"
 
 
 def test_exemplars_are_grouped_and_windows_stand_once_per_file(folder):
@@ -146,11 +158,11 @@ def test_the_page_shows_densities_by_decade(folder):
 
 
 def test_bad_descriptions_are_refused(folder, tmp_path):
-    for path, words in (("none.jsonl", "do not exist"), (str(tmp_path), "do not exist")):
+    for path, words in (("none.jsonl", "does not exist"), (str(tmp_path), "does not exist")):
         with pytest.raises(UserError, match=words):
             browse_latents(BrowseConfig(exemplars=str(folder), descriptions=(path,)), lambda *_: None)
     (tmp_path / "bad.jsonl").write_bytes(b"\xff")
-    with pytest.raises(UserError, match="not UTF-8"):
+    with pytest.raises(UserError, match="is no text"):
         browse_latents(
             BrowseConfig(exemplars=str(folder), descriptions=(str(tmp_path / "bad.jsonl"),)), lambda *_: None
         )

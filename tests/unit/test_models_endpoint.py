@@ -11,6 +11,7 @@ from introspect_ray.config import ChatConfig, EndpointConfig
 from introspect_ray.errors import UserError
 from introspect_ray.models.chat import Choice, Completion, Failure, Message, ask, spoken
 from introspect_ray.models.endpoint import EndpointChat
+from introspect_ray.models.journal import Entry, Journal
 
 
 @pytest.fixture(autouse=True)
@@ -191,12 +192,21 @@ def test_no_call_is_made_that_could_pass_the_cost_cap():
     with chat_server(lambda *_: said("x")) as (url, requests):
         chat = client(url, **settings)
         found = chat.complete([ask(str(n)) for n in range(4)])
-        again = EndpointChat(chat.config, seed=0, spent=20.0).complete([ask("q")] * 2)
+        earlier = Journal([Entry("a", "of an earlier run", 20.0)])
+        again = EndpointChat(chat.config, seed=0, journal=earlier).complete([ask("q"), ask("r")])
     assert [type(one) for one in found] == [Completion, Completion, Failure, Failure]
-    assert [one.cost for one in found] == [20, 20, 0, 0]
-    assert {one.reason for one in found[2:]} == {"cost_cap"} and chat.budget.spent == 40
+    assert {one.reason for one in found[2:]} == {"cost_cap"} and chat.journal.spent == 40
     assert [type(one) for one in again] == [Completion, Failure]
     assert len(requests) == 3
+
+
+def test_equal_requests_are_sent_and_paid_once_and_another_sample_is_another_request():
+    with chat_server(lambda _, number: said(f"answer {number}", sent=3, answered=0)) as (url, requests):
+        chat = client(url, temperature=1.0, input_price=1e6)
+        first = chat.complete([ask("q"), ask("r"), ask("q")])
+        assert chat.complete([ask("q")]) == first[:1] == first[2:]
+        assert chat.complete([ask("q")], sample=1) != first[:1]
+    assert (len(requests), chat.journal.spent) == (3, 9)
 
 
 def test_calls_that_may_have_been_charged_count_in_full():
@@ -206,21 +216,21 @@ def test_calls_that_may_have_been_charged_count_in_full():
         chat = client(url, **settings)
         (found,) = chat.complete([ask("q")])
         never.set()
-    assert (found.reason, found.cost, chat.budget.spent, len(requests)) == ("cost_cap", 66, 66, 2)
+    assert (found.reason, chat.journal.spent, len(requests)) == ("cost_cap", 66, 2)
 
 
 def test_refusals_cost_nothing():
     with chat_server(lambda *_: Reply(429)) as (url, _):
         chat = client(url, input_price=1e6, max_cost=80.0)
         (found,) = chat.complete([ask("q")])
-    assert (found.reason, found.cost, chat.budget.spent) == ("http_429", 0, 0)
+    assert (found.reason, chat.journal.spent) == ("http_429", 0)
 
 
 def test_a_choice_is_the_word_that_an_answer_begins_with():
     answers = {"a": "Yes.", "b": "<think>no</think> no, it is not", "c": "Perhaps yes", "d": "yesterday"}
     with chat_server(lambda text, _: said(answers[text])) as (url, _):
         found = client(url).choose([ask(name) for name in answers], ["yes", "no"])
-    assert found[:2] == [Choice(0, None, 0.0), Choice(1, None, 0.0)]
+    assert found[:2] == [Choice(0), Choice(1)]
     assert [one.reason for one in found[2:]] == ["answer_is_no_choice"] * 2
 
 

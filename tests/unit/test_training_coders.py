@@ -60,7 +60,9 @@ def run(folder: Path, **changes: Any) -> CoderRun:
     tree |= {"learning_rate": 1e-2, "dead_after": 20, "stream": {"buffer_batches": 8}, "held_out_tokens": 500}
     tree |= {"trainer": {"log_every": 10, "checkpoint_every": 25}, "source": {"path": _texts()}}
     prepared = prepare(TrainTranscoderConfig.model_validate(tree | changes))
-    assert len(prepared.held_out) == 2 and len(prepared.texts) == 38
+    fitted, measured = prepared.read(held_out=False).to_pylist(), prepared.read(held_out=True).to_pylist()
+    texts = [text for _, text in prepared.texts]
+    assert measured == texts[::20] and fitted == [text for text in texts if text not in measured] and len(fitted) == 38
     prepared.claim.write()
     return prepared.run
 

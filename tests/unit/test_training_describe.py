@@ -174,6 +174,36 @@ def test_a_cost_cap_stops_the_run_and_a_higher_one_goes_on_with_what_was_spent(t
         assert summary.cost == pytest.approx(0.006)
 
 
+def test_answers_that_were_paid_for_are_not_asked_for_again_after_a_stop_between_them(tmp_path, monkeypatch):
+    class Stop(BaseException):
+        pass
+
+    stop_at = [4]
+
+    def answer(text, number):
+        return said(f"about {latent_in(text)}", sent=1000, answered=0) if number != stop_at[0] else None
+
+    def stopped(*_):
+        raise Stop
+
+    with chat_server(answer) as (url, requests):
+        prices = {"input_price": 1.0, "concurrency": 1, "max_cost": 1.0}
+        settings = config(url, tmp_path, latents_per_shard=9, endpoint=prices)
+        with monkeypatch.context() as patch:
+            patch.setattr(describe_module, "write_rows", stopped)
+            with pytest.raises(Stop):
+                run(settings)
+        assert len(requests) == 6 and not (tmp_path / "out/shards").exists()
+        summary, _ = run(settings)
+        # The fourth call got no answer, may have been charged, and is made again; nothing else is.
+        asked = Counter(latent_in(body["messages"][0]["content"]) for _, body in requests)
+        assert asked == {0: 1, 10: 1, 20: 1, 30: 2, 40: 1, 50: 1}
+        assert summary.num_described == 6 and summary.cost > 0.006
+        assert len(list((tmp_path / "out/calls").iterdir())) == 1
+        again, _ = run(settings)
+    assert again.asked == 0 and again.cost == summary.cost
+
+
 def test_an_endpoint_that_answers_nothing_ends_the_run_and_the_same_command_goes_on(tmp_path):
     replies = [Reply(401, b"no such key")]
     with chat_server(lambda text, _: replies[0] if replies else said(f"about {latent_in(text)}")) as (url, requests):

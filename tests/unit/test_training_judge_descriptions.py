@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
+from chat_server import Reply, chat_server, said
 from exemplar_helpers import Failure, ScriptedChat, exemplar
 
 import introspect_ray.training.judge_descriptions as judge_module
@@ -140,6 +141,30 @@ def test_too_many_failures_and_an_endpoint_that_is_silent_fail_the_run(tmp_path,
     chat.failing = {"A window"}
     with pytest.raises(RunFailed, match="the endpoint answered nothing, mostly http_503"):
         run(config(tmp_path, output=str(tmp_path / "silent")))
+
+
+def test_a_shard_that_is_done_again_asks_an_endpoint_only_what_it_did_not_answer(tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(judge_module, "open_exemplars", lambda _: FakeStore())
+    broken = ["2: the town"]
+
+    def answer(text, _number):
+        return Reply(503) if any(word in text for word in broken) else said("yes", sent=1000, answered=0)
+
+    with chat_server(answer) as (url, requests):
+        endpoint = {"url": url, "attempts": 1, "input_price": 1.0, "max_cost": 1.0}
+        chat = {"kind": "endpoint", "endpoint": endpoint}
+        settings = config(tmp_path, windows=4, methods=("detection",), chat=chat)
+        first, _ = run(settings)
+        failed = sum(first.failures.values())
+        different = {json.dumps(body) for _, body in requests}
+        assert failed and len(requests) == len(different)
+        broken.clear()
+        before = len(requests)
+        summary, _ = run(settings)
+        again = {json.dumps(body) for _, body in requests[before:]}
+    assert len(requests) - before == len(again) == first.failures["http_503"] and again < different
+    assert summary.failures == {} and summary.cost == pytest.approx(0.001 * len(different))
 
 
 @pytest.mark.usefixtures("chat")

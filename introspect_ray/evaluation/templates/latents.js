@@ -5,7 +5,14 @@ const section = document.querySelector(".latents");
 const [search, order, which, list] = [".search", ".order", ".which", ".list"].map((name) => section.querySelector(name));
 const [back, next, count] = [".back", ".next", ".count"].map((name) => section.querySelector(name));
 const place = section.querySelector(".latent");
-const [perFile, perPage] = [Number(section.dataset.perFile), 100];
+const [perFile, perPage, scoreName] = [Number(section.dataset.perFile), 100, section.dataset.score];
+const shown = {
+  all: () => true,
+  live: (one) => one.density > 0,
+  described: (one) => one.text,
+  scored: (one) => one.score !== null,
+  unscored: (one) => one.text && one.score === null,
+};
 const latents = [];
 const details = new Map();
 let found = [];
@@ -26,7 +33,7 @@ function load(name, then) {
   document.head.append(script);
 }
 const numbered = (kind, number) => `${kind}-${String(number).padStart(5, "0")}`;
-const short = (value) => (value === 0 ? "0" : value >= 0.001 ? value.toPrecision(3) : value.toExponential(1));
+const short = (value) => (value === 0 ? "0" : Math.abs(value) >= 0.001 ? value.toPrecision(3) : value.toExponential(1));
 
 function listed(rows) {
   for (const [latent, density, maximum, text, score] of rows) {
@@ -39,7 +46,7 @@ function filter() {
   const wanted = search.value.trim().toLowerCase();
   const isNumber = /^\d+$/.test(wanted);
   found = latents.filter((one) =>
-    (which.value === "all" || (which.value === "live" ? one.density > 0 : one.text)) &&
+    shown[which.value](one) &&
     (!wanted || (isNumber ? String(one.latent).startsWith(wanted) : one.words.includes(wanted))));
   const key = order.value;
   if (key !== "latent") found.sort((a, b) => (b[key] ?? -Infinity) - (a[key] ?? -Infinity) || a.latent - b.latent);
@@ -49,7 +56,7 @@ function filter() {
 }
 function show() {
   const pages = Math.max(1, Math.ceil(found.length / perPage));
-  const rows = found.slice(page * perPage, (page + 1) * perPage).map((one) => {
+  const rows = found.slice(page * perPage, (page + 1) * perPage).flatMap((one, number, onPage) => {
     const button = element("button");
     button.append(element("span", one.latent, "number-of"), element("span", one.text || "–", "text-of"));
     const value = order.value === "score" ? one.score : order.value === "maximum" ? one.maximum : one.density;
@@ -63,7 +70,8 @@ function show() {
     });
     const item = element("li");
     item.append(button);
-    return item;
+    const isApart = order.value === "score" && one.score === null && (number === 0 || onPage[number - 1].score !== null);
+    return isApart ? [element("li", `Without ${scoreName}`, "apart"), item] : [item];
   });
   list.replaceChildren(...rows);
   count.textContent = found.length ? `${page + 1} of ${pages}, ${found.length.toLocaleString("en")} latents` : "none";
@@ -94,13 +102,23 @@ function draw(one) {
   const facts = `fires on ${short(100 * one.density)}% of tokens; largest activation ${short(one.maximum)}`;
   nodes.push(element("p", one.density ? facts : "never fires", "muted"));
   if (detail.descriptions.length) {
-    const names = [...new Set(detail.descriptions.flatMap((found) => Object.keys(found.scores)))];
+    const hasScore = (found) => typeof found.scores[scoreName] === "number";
+    const all = new Set(detail.descriptions.flatMap((found) => Object.keys(found.scores)));
+    const names = [...all].sort((a, b) => (b === scoreName) - (a === scoreName));
     const [scroll, table, head] = [element("div", undefined, "scroll"), element("table", undefined, "scores"), element("tr")];
     for (const name of ["Description", "Source", ...names]) head.append(element("th", name));
     const [top, body] = [element("thead"), element("tbody")];
     top.append(head);
+    let isRanked = true;
     for (const found of detail.descriptions) {
       const row = element("tr");
+      if (isRanked && !hasScore(found)) {
+        const apart = element("th", `Without ${scoreName}`, "apart");
+        apart.colSpan = names.length + 2;
+        body.append(element("tr"));
+        body.lastChild.append(apart);
+        isRanked = false;
+      }
       row.append(element("th", found.text), element("td", found.source));
       for (const name of names) row.append(element("td", typeof found.scores[name] === "number" ? found.scores[name].toFixed(2) : "–"));
       body.append(row);
