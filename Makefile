@@ -6,10 +6,11 @@ STAMP := $(VENV)/.installed
 # Two processes; a file's tests stay together.
 TWICE := -n 2 --dist loadfile
 
-.PHONY: help demo test unit lint types install clean
+.PHONY: help demo serve test unit lint types install clean
 
 help:
 	@echo "make demo   install, then generate, train, evaluate and report on the pocket world (about 15 minutes on 2 idle cores)"
+	@echo "make serve  install, then serve the pocket world and what make demo has trained, with a page, on this machine"
 	@echo "make test   install, then run all tests"
 	@echo "make unit   only the tests that need no Ray"
 	@echo "make lint   ruff;  make types   mypy"
@@ -21,6 +22,9 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 install: $(STAMP)
+
+serve: $(STAMP)
+	$(BIN)/python jobs/serve.py
 
 demo: $(STAMP)
 	$(BIN)/python jobs/quickstart.py

@@ -9,7 +9,7 @@ from introspect_ray.config import ServeConfig
 
 
 def main(config: ServeConfig) -> None:
-    from introspect_ray.serving.run import serving, wait  # Ray and torch load only after the config is checked
+    from introspect_ray.serving.run import serving, watch  # Ray and torch load only after the config is checked
 
     with serving(config) as service:
         names = [one.name for one in (*service.models.targets, *service.models.explainers, *service.models.simulators)]
@@ -19,7 +19,7 @@ def main(config: ServeConfig) -> None:
         token = "with the bearer token" if service.needs_token else "without a token, because only this machine can ask"
         print(f"ready at {service.url} ({token})", flush=True)
         try:
-            wait()
+            watch()
         except KeyboardInterrupt:
             print("stopping: requests under way are answered first", flush=True)
 

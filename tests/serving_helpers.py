@@ -53,7 +53,7 @@ def serve_config(folder: str, **changes: Any) -> ServeConfig:
 
 
 class LocalModels:
-    """`calls.Models` over services in this process. `before` sees every call first, and may raise."""
+    """`calls.Deployments` over services in this process. `before` sees every call first, and may raise."""
 
     def __init__(self, config: ServeConfig):
         (target,), (simulator,) = config.targets, config.simulators
@@ -69,7 +69,7 @@ class LocalModels:
     async def call(self, deployment: str, method: str, *arguments: Any, model: str = "") -> Any:
         self.before(deployment, method)
         if method == "ping":
-            return True
+            return 1
         if deployment != EXPLAINERS:
             return getattr(self.services[deployment], method)(*arguments)
         if method == "describe":

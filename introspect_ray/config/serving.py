@@ -35,6 +35,8 @@ class ReplicaConfig(Config):
     """Requests that one replica works on or holds for its next batch."""
     max_queued: Annotated[int, Field(ge=1)] = 64
     """Requests that wait for a replica; the next one is refused at once (503, Retry-After)."""
+    surge_percent: Annotated[int, Field(ge=0, le=100)] = 100
+    """Replicas that an update may start beside the old ones; 0, where there is no room, ends old ones first."""
     health_check_period_s: Annotated[float, Field(gt=0)] = 2
     health_check_timeout_s: Annotated[float, Field(gt=0)] = 30
 
@@ -99,7 +101,7 @@ class BatchingConfig(Config):
 class LimitsConfig(Config):
     """What one request may ask for; beyond, it is refused before a model sees it."""
 
-    body_bytes: Annotated[int, Field(ge=1)] = 1_000_000
+    body_bytes: Annotated[int, Field(ge=1)] = 4_000_000
     """Size of a request's body, checked before it is parsed."""
     body_s: Annotated[float, Field(gt=0)] = 10
     """Time in which a request's body must have come."""
@@ -137,7 +139,7 @@ class ServeConfig(Config):
     """0 takes a free one."""
     quickstart: str | None = "runs/quickstart"
     """Folder of jobs/quickstart.py; the explainers that are finished there are served too. None serves none of them."""
-    targets: Annotated[tuple[ServedTarget, ...], Field(min_length=1)] = (
+    targets: tuple[ServedTarget, ...] = (
         ServedTarget(coders=(ServedCoder(), ServedCoder(name="transcoder", path="pocket:transcoder"))),
         ServedTarget(name="target_b", model=ModelConfig(path="pocket:target_b")),
     )
@@ -156,6 +158,8 @@ class ServeConfig(Config):
 
     @model_validator(mode="after")
     def _names_fit(self) -> Self:
+        if not self.targets:
+            raise ValueError("targets is empty, expected at least one")
         coders = [coder.name for target in self.targets for coder in target.coders]
         targets = [target.name for target in self.targets]
         explainers, simulators = ([one.name for one in group] for group in (self.explainers, self.simulators))

@@ -42,6 +42,11 @@ from introspect_ray.serving.values import Question, TrueActivations, VectorAt
 
 T = TypeVar("T")
 
+ITEMS_PER_CALL = 16
+"""Items of one request that one replica explains."""
+READY_S = 5.0
+"""Time in which every deployment must answer to be ready."""
+
 
 class RequestFailed(Exception):
     """A whole request that is answered with an error."""
@@ -82,8 +87,7 @@ class Answers:
         self._check(request)
         found = await self._vectors(served, request.items)
         good = [number for number, one in enumerate(found) if isinstance(one, VectorAt)]
-        size = self._config.batching.max_size
-        chunks = [good[start : start + size] for start in range(0, len(good), size)]
+        chunks = [good[start : start + ITEMS_PER_CALL] for start in range(0, len(good), ITEMS_PER_CALL)]
         texts = await asyncio.gather(
             *(
                 self._calls.call(
@@ -151,8 +155,12 @@ class Answers:
     async def ready(self) -> bool:
         """Whether every deployment answers."""
         pings = (self._calls.call(deployment, "ping") for deployment in self._deployments)
-        found = await asyncio.gather(*pings, return_exceptions=True)
-        return all(one is True or isinstance(one, Busy) for one in found)
+        try:
+            async with asyncio.timeout(READY_S):
+                found = await asyncio.gather(*pings, return_exceptions=True)
+        except TimeoutError:
+            return False
+        return all(isinstance(one, int | Busy) for one in found)
 
     async def _simulated(self, served: ServedSimulator, items: Sequence[SimulateItem]) -> list[Simulated | Failed]:
         found: list[Simulated | Failed] = await self._calls.call(

@@ -69,6 +69,8 @@ def _deployment(actor: type, name: str, replicas: ReplicaConfig, config: ServeCo
         max_ongoing_requests=replicas.max_ongoing,
         max_queued_requests=replicas.max_queued,
         backpressure_config={"status_code": 503, "retry_after_s": 1},
+        max_constructor_retry_count=3,
+        max_surge_percent=replicas.surge_percent,
         health_check_period_s=replicas.health_check_period_s,
         health_check_timeout_s=replicas.health_check_timeout_s,
         graceful_shutdown_timeout_s=config.limits.drain_s,

@@ -28,7 +28,7 @@ class Unavailable(Exception):
     """The deployment cannot answer at the moment."""
 
 
-class Models(Protocol):
+class Deployments(Protocol):
     """The deployments, by name: `TargetModel-NAME`, `Explainer`, `Simulator-NAME`."""
 
     async def call(self, deployment: str, method: str, *arguments: Any, model: str = "") -> Any:
@@ -50,25 +50,27 @@ EXPLAINERS = "Explainer"
 
 
 class Retrying:
-    """Models whose calls are made again when their replica died."""
+    """Deployments whose calls are made again when their replica died."""
 
-    def __init__(self, models: Models, retries: int, lost: Callable[[str], None] = lambda _: None):
+    def __init__(self, deployments: Deployments, retries: int, lost: Callable[[str], None] = lambda _: None):
         """`retries`: repetitions of one call. `lost`: hears the deployment of each call that was lost."""
-        self._models = models
+        self._deployments = deployments
         self._retries = retries
         self._lost = lost
 
     async def call(self, deployment: str, method: str, *arguments: Any, model: str = "") -> Any:
-        """See `Models.call`; Unavailable if the replica died at the last repetition, too."""
-        return await self._again(deployment, lambda: self._models.call(deployment, method, *arguments, model=model))
+        """See `Deployments.call`; Unavailable if the replica died at the last repetition, too."""
+        return await self._again(
+            deployment, lambda: self._deployments.call(deployment, method, *arguments, model=model)
+        )
 
     async def stream(self, deployment: str, method: str, *arguments: Any, model: str = "") -> AsyncIterator[Any]:
-        """See `Models.stream`; pieces that were given already are not given twice, because answers are greedy."""
+        """See `Deployments.stream`; pieces that were given already are not given twice, because answers are greedy."""
         given = 0
         for attempt in range(self._retries + 1):
             seen = 0
             try:
-                async for piece in self._models.stream(deployment, method, *arguments, model=model):
+                async for piece in self._deployments.stream(deployment, method, *arguments, model=model):
                     seen += 1
                     if seen > given:
                         given = seen

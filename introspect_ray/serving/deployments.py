@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
@@ -40,18 +41,21 @@ if TYPE_CHECKING:  # torch loads in the replicas that need it
 T = TypeVar("T")
 
 
-class _ModelThread:
-    """The one thread in which a replica's models run."""
+class _Replica:
+    """What the replicas that hold models share."""
 
     def __init__(self) -> None:
-        import torch
+        from introspect_ray.serving.model_thread import ModelThread
 
         # Ray sets OMP_NUM_THREADS to the actor's CPUs; torch read it when it was imported, which may be earlier.
-        torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
-        self._executor = ThreadPoolExecutor(1)
+        self._thread = ModelThread(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
 
-    async def run(self, call: Callable[..., T], *arguments: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, call, *arguments)
+    async def ping(self) -> int:
+        """Process id of this replica."""
+        return os.getpid()
+
+    def check_health(self) -> None:
+        self._thread.check()
 
 
 def _batched(method: Any, batching: BatchingConfig) -> None:
@@ -59,14 +63,16 @@ def _batched(method: Any, batching: BatchingConfig) -> None:
     method.set_batch_wait_timeout_s(batching.wait_s)
 
 
-class TargetModel:
+class TargetModel(_Replica):
     """A target with its coders."""
 
     def __init__(self, tree: dict[str, Any], batching: dict[str, Any], vector_entries: int):
+        from introspect_ray.serving.model_thread import by_request
         from introspect_ray.serving.target_model import TargetService
 
-        self._thread = _ModelThread()
+        super().__init__()
         self._service = TargetService.load(ServedTarget.model_validate(tree), vector_entries)
+        self._vectors_by_request = by_request(self._service.vectors)
         _batched(self._vectors, BatchingConfig.model_validate(batching))
 
     async def activations(self, request: ActivationsRequest) -> Activations | Failed:
@@ -77,8 +83,7 @@ class TargetModel:
 
     @serve.batch
     async def _vectors(self, requests: list[Sequence[TokenItem | LatentItem]]) -> list[list[VectorAt | Failed]]:
-        found = iter(await self._thread.run(self._service.vectors, [item for items in requests for item in items]))
-        return [[next(found) for _ in items] for items in requests]
+        return await self._thread.run_batch(self._vectors_by_request, requests)
 
     async def true_activations(self, text: str, coder: str, latent: int) -> TrueActivations | Failed:
         return await self._thread.run(self._service.true_activations, text, coder, latent)
@@ -89,11 +94,8 @@ class TargetModel:
     async def ablate(self, request: AblateRequest, layout: Any) -> Question | Failed:
         return await self._thread.run(self._service.ablate, request, layout)
 
-    async def ping(self) -> bool:
-        return True
 
-
-class Explainer:
+class Explainer(_Replica):
     """All explainers; a replica holds some of them, and Serve sends a request to one that has its explainer."""
 
     def __init__(self, tree: dict[str, Any]):
@@ -102,7 +104,7 @@ class Explainer:
         config = ServeConfig.model_validate(tree)
         device = "cuda" if config.explainer_replicas.num_gpus else "cpu"
         most = config.explainers_per_replica
-        self._thread = _ModelThread()
+        super().__init__()
         self._service = ExplainerService(config.explainers, device, most, config.batching.max_size)
         for served in config.explainers[:most]:
             self._service.load(served.name)
@@ -123,7 +125,8 @@ class Explainer:
         self, requests: list[tuple[Sequence[VectorAt], int | None]]
     ) -> list[list[Explanation | Failed]]:
         # Serve cuts batches by model, so all of these are for one explainer.
-        return await self._thread.run(self._service.describe, await self._here(), requests)
+        describe = partial(self._service.describe, await self._here())
+        return await self._thread.run_batch(describe, requests, lambda request: len(request[0]))
 
     async def stream(self, vector: VectorAt, max_new_tokens: int | None) -> AsyncIterator[str | Explanation | Failed]:
         """Pieces of text, then the whole."""
@@ -157,20 +160,19 @@ class Explainer:
         name: str = await self._load(serve.get_multiplexed_model_id())
         return name
 
-    async def ping(self) -> bool:
-        return True
 
-
-class Simulator:
+class Simulator(_Replica):
     """A simulator."""
 
     def __init__(self, tree: dict[str, Any], target: dict[str, Any], batching: dict[str, Any]):
+        from introspect_ray.serving.model_thread import by_request
         from introspect_ray.serving.simulators import SimulatorService
 
-        self._thread = _ModelThread()
+        super().__init__()
         self._service = SimulatorService.load(
             ServedSimulator.model_validate(tree), ServedTarget.model_validate(target).model
         )
+        self._simulate_by_request = by_request(self._service.simulate)
         _batched(self._simulate, BatchingConfig.model_validate(batching))
 
     async def simulate(self, items: Sequence[SimulateItem]) -> list[Simulated | Failed]:
@@ -178,11 +180,7 @@ class Simulator:
 
     @serve.batch
     async def _simulate(self, requests: list[Sequence[SimulateItem]]) -> list[list[Simulated | Failed]]:
-        found = iter(await self._thread.run(self._service.simulate, [item for items in requests for item in items]))
-        return [[next(found) for _ in items] for items in requests]
-
-    async def ping(self) -> bool:
-        return True
+        return await self._thread.run_batch(self._simulate_by_request, requests)
 
 
 class Gateway:
@@ -191,16 +189,20 @@ class Gateway:
     def __init__(self, tree: dict[str, Any], models: dict[str, Any], digest: str | None, handles: dict[str, Any]):
         from introspect_ray.serving.api import Models
         from introspect_ray.serving.gateway import create_gateway
-        from introspect_ray.serving.handles import ServeModels
+        from introspect_ray.serving.handles import ServeDeployments
 
         _log_to_stdout()
         name = serve.get_replica_context().replica_id.unique_id
         self._guard = create_gateway(
-            ServeConfig.model_validate(tree), Models.model_validate(models), ServeModels(handles), digest, name
+            ServeConfig.model_validate(tree), Models.model_validate(models), ServeDeployments(handles), digest, name
         )
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._guard
+
+    def ping(self) -> int:
+        """Process id of this replica."""
+        return os.getpid()
 
     def drain(self) -> None:
         """Refuse new requests from now on."""

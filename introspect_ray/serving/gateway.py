@@ -19,7 +19,7 @@ from introspect_ray.config import ServeConfig
 from introspect_ray.serving import api, calls
 from introspect_ray.serving.answers import Answers, RequestFailed
 from introspect_ray.serving.api import STATUS, ErrorCode, Failed, failed
-from introspect_ray.serving.guard import Guard
+from introspect_ray.serving.guard import INTERNAL, Guard
 from introspect_ray.serving.metrics import GatewayMetrics
 
 PAGE = Path(__file__).parent / "page"
@@ -44,7 +44,7 @@ _TEXT: dict[int | str, dict[str, Any]] = {
 
 
 def create_gateway(
-    config: ServeConfig, models: api.Models, deployments: calls.Models, digest: str | None, name: str = "gateway"
+    config: ServeConfig, models: api.Models, deployments: calls.Deployments, digest: str | None, name: str = "gateway"
 ) -> Guard:
     """The ASGI application.
 
@@ -148,6 +148,10 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(calls.Unavailable)
     async def unavailable(request: Request, _error: calls.Unavailable) -> Response:
         return _failure(request, failed("unavailable", "a model is not available at the moment"))
+
+    @app.exception_handler(Exception)
+    async def defect(request: Request, _error: Exception) -> Response:
+        return _failure(request, failed("internal", INTERNAL))  # the guard logs it
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:

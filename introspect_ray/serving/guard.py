@@ -33,6 +33,7 @@ OPEN_FOLDER = "/static/"
 """What needs no token: the page, which asks for one, the API's description, and probes."""
 RETRY_AFTER_S = 1
 LOGGED_CHARACTERS = 2000
+INTERNAL = "an error of this service; its log says more under the answer's X-Request-ID"
 SAFETY_HEADERS: Mapping[str, str] = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -88,6 +89,7 @@ class _Exchange:
         self._body = b""
         self._status = 0
         self._sent = 0
+        self._has_ended = False
         self._code: str | None = None
         scope.setdefault("state", {})["exchange"] = self
 
@@ -171,7 +173,7 @@ class _Exchange:
             raise Refused("timeout", f"no answer within {self._guard.limits.seconds:g} s") from None
         except Exception:
             logger.exception("request %s", self._id)
-            raise Refused("internal", f"an error of this service; its log says more under {self._id}") from None
+            raise Refused("internal", INTERNAL) from None
 
     async def _forward(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -183,12 +185,14 @@ class _Exchange:
             message = {**message, "headers": headers}
         else:
             self._sent += len(message.get("body", b""))
+            self._has_ended = not message.get("more_body", False)
         await self._send(message)
 
     async def _refuse(self, refusal: Refused) -> None:
         self._code = refusal.code
         if self._status:  # the answer has begun: all that is left is to end it
-            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+            if not self._has_ended:
+                await self._send({"type": "http.response.body", "body": b"", "more_body": False})
             return
         body = failed(refusal.code, refusal.message).model_dump_json().encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]

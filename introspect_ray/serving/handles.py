@@ -17,8 +17,8 @@ from introspect_ray.serving.calls import Busy, Lost, Unavailable
 _LOST = (RayActorError, WorkerCrashedError, ObjectLostError, ReplicaUnavailableError)
 
 
-class ServeModels:
-    """See `calls.Models`."""
+class ServeDeployments:
+    """See `calls.Deployments`."""
 
     def __init__(self, handles: Mapping[str, DeploymentHandle]):
         self._handles = dict(handles)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,6 +21,9 @@ from introspect_ray.serving.table import served_models, with_quickstart
 
 APPLICATION = "introspect_ray"
 POLL_S = 0.2
+WATCH_S = 5.0
+LONGEST_REASON = 500
+"""Characters of what Serve says, of which the end names the error."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def serving(config: ServeConfig) -> Iterator[Service]:
                 logging_config={"log_level": level},
             )
         try:
-            _deploy(config, models, digest)
+            _deploy(application(config, models, digest))
             yield Service(f"http://{_url_host(config.host)}:{port}", models, digest is not None)
         finally:
             with quiet_stderr():
@@ -63,18 +66,13 @@ def serving(config: ServeConfig) -> Iterator[Service]:
                 serve.shutdown()
 
 
-def _deploy(config: ServeConfig, models: Models, digest: str | None) -> None:
+def _deploy(bound: serve.Application) -> None:
     try:
         with quiet_stderr():
-            serve.run(application(config, models, digest), name=APPLICATION, route_prefix="/")
+            serve.run(bound, name=APPLICATION, route_prefix="/")
     except RuntimeError as error:
-        raise RunFailed(f"the service did not start: {error}") from error
-
-
-def update(config: ServeConfig) -> None:
-    """Bring what is served to another config, replica by replica; requests under way are answered by the old ones."""
-    config = with_quickstart(config)
-    _deploy(config, served_models(config), checked_digest(config.auth, config.host))
+        reason = " ".join(str(error).split())
+        raise RunFailed(f"the service did not start: {reason[-LONGEST_REASON:]}") from error
 
 
 def drain(seconds: float) -> None:
@@ -82,17 +80,25 @@ def drain(seconds: float) -> None:
     deadline = time.monotonic() + seconds
     try:
         gateway = serve.get_app_handle(APPLICATION)
-        gateway.broadcast("drain").results(timeout_s=seconds)
+        # A new handle hears of its replicas a moment later.
+        while not gateway.broadcast("drain").results(timeout_s=seconds) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
         while any(gateway.broadcast("in_flight").results(timeout_s=seconds)) and time.monotonic() < deadline:
             time.sleep(POLL_S)
     except (RuntimeError, TimeoutError, ray.exceptions.RayError, serve.exceptions.RayServeException):
         return  # no gateway is left that could have requests
 
 
-def wait(until: Callable[[], bool] = lambda: False) -> None:
-    """Until it is true, or forever; ends with KeyboardInterrupt on Ctrl-C or SIGTERM."""
-    while not until():
-        time.sleep(POLL_S)
+def watch() -> None:
+    """Return only by KeyboardInterrupt (Ctrl-C, SIGTERM). Raises RunFailed if the service ends by itself."""
+    while True:
+        try:
+            found = serve.status().applications
+        except (RuntimeError, ray.exceptions.RayError, serve.exceptions.RayServeException) as error:
+            raise RunFailed(f"Ray does not answer any more: {error}") from error
+        if APPLICATION not in found:
+            raise RunFailed("somebody else has ended the service")
+        time.sleep(WATCH_S)
 
 
 def _check_no_other() -> None:

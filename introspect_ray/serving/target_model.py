@@ -19,7 +19,7 @@ from introspect_ray.features.sae import load_sae
 from introspect_ray.interventions.ablation import ablate_text
 from introspect_ray.interventions.clean import check_prompts
 from introspect_ray.interventions.target import Target
-from introspect_ray.interventions.types import CleanRun, CleanSource, Intervention, check_layers, check_positions
+from introspect_ray.interventions.types import CleanRun, Intervention, check_layers, check_positions
 from introspect_ray.models.tokens import Offset, adds_bos, token_text
 from introspect_ray.serving.api import (
     AblateRequest,
@@ -159,7 +159,7 @@ class TargetService:
             check_positions((request.source_position,), len(source), "position")
         block = tuple(range(first, last + 1))
         clean, other = self.target.clean_runs([text, source])
-        vector = CleanSource(other, (request.source_position,), "mean").vectors(block)[0, 0].float()
+        vector = other.residuals[first : last + 1, request.source_position].float().mean(0)
         patched = Intervention(layers=block, positions=(request.position,), vectors=vector[None], mode="replace")
         (after,) = self.target.patched_logits([clean], [[patched]])[0]
         start, end = offsets[request.position]

@@ -259,6 +259,16 @@ def cases(folder):
             [*of_target, "--texts_per_shard", "100"],
             ("texts_per_shard must be a multiple of texts_per_batch, 64", "found 100"),
         ),
+        "service for others without a token": (
+            "serve",
+            ["--host", "0.0.0.0", "--quickstart", "none"],
+            ("host is '0.0.0.0', which others can reach", "set environment variable INTROSPECT_RAY_TOKEN"),
+        ),
+        "served explainer of another target": (
+            "serve",
+            ["--quickstart", "none", "--explainers", f"[{{name: e, folder: {explainer}}}]"],
+            ("explains a target with 4 layers of width 32", "has 4 of width 160"),
+        ),
         "page of no exemplars": ("browse_latents", [absent], (f"{absent} has no exemplars.json",)),
         "empty source": (
             *generate("--source.path", str(folder / "empty.jsonl")),
