@@ -10,6 +10,7 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import (
     DeploymentSchema,
     HTTPOptionsSchema,
+    LoggingConfig,
     RayActorOptionsSchema,
     ServeApplicationSchema,
     ServeDeploySchema,
@@ -56,6 +57,7 @@ def served_replicas(config: ServeConfig) -> dict[str, ReplicaConfig]:
 def _unknown(content: Mapping[str, Any]) -> Iterator[str]:
     yield from _extra(content, ServeDeploySchema, "")
     yield from _extra(content.get("http_options", {}), HTTPOptionsSchema, "http_options.")
+    yield from _extra(content.get("logging_config", {}), LoggingConfig, "logging_config.")
     for application in content.get("applications", []):
         yield from _extra(application, ServeApplicationSchema, "applications.")
         for deployment in application.get("deployments", []):
