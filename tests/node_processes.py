@@ -15,6 +15,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,8 @@ def free_port() -> int:
 class NodeProcesses:
     """A head without processors, and workers with one each."""
 
-    def __init__(self, folder: Path, **variables: str):
-        """Start the head. `variables`: of the environment of every node, as pods get them from Secrets."""
+    def __init__(self, folder: Path, of_head: Sequence[str] = (), **variables: str):
+        """Start the head, with more options if asked. `variables`: of every node, as pods get them from Secrets."""
         self.folder = folder
         # Short, because sockets lie in it. Each node has a folder of its own there, as machines have: nodes that shared
         # one would take away each other's copies of the working directory.
@@ -69,6 +70,7 @@ class NodeProcesses:
             f"--port={gcs}",
             f"--dashboard-port={self.dashboard}",
             f"--ray-client-server-port={free_port()}",
+            *of_head,
         ]
         try:
             self.start_head()

@@ -3,6 +3,7 @@
 import json
 import secrets
 import shutil
+import socket
 import subprocess
 import threading
 import time
@@ -117,6 +118,11 @@ def deploy(nodes, content):
     wait_until(runs, "the service does not run")
 
 
+def _listens(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 @pytest.fixture(scope="module")
 def redis(tmp_path_factory):
     """Address and password of a store that was started by the manifest's command; none without redis-server."""
@@ -130,6 +136,7 @@ def redis(tmp_path_factory):
     command = [here.get(word, word) for word in pod["containers"][0]["command"]]
     process = subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.DEVNULL)
     try:
+        wait_until(lambda: _listens(port), "redis does not start")
         yield f"127.0.0.1:{port}", password
     finally:
         process.kill()
@@ -139,10 +146,12 @@ def redis(tmp_path_factory):
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory, redis):
     variables = {"INTROSPECT_RAY_TOKEN": TOKEN, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "30"}
+    of_head = []
     if redis is not None:  # what KubeRay makes of gcsFaultToleranceOptions
-        variables |= {"RAY_REDIS_ADDRESS": redis[0], "REDIS_PASSWORD": redis[1], "RAY_REDIS_PASSWORD": redis[1]}
-        variables |= {"RAY_gcs_rpc_server_reconnect_timeout_s": "600", "RAY_external_storage_namespace": "test"}
-    nodes = NodeProcesses(tmp_path_factory.mktemp("nodes"), **variables)
+        variables |= {"RAY_REDIS_ADDRESS": redis[0], "RAY_external_storage_namespace": "test"}
+        variables |= {"RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
+        of_head = [f"--redis-password={redis[1]}"]
+    nodes = NodeProcesses(tmp_path_factory.mktemp("nodes"), of_head, **variables)
     try:
         nodes.add_workers(2)
         yield nodes
