@@ -134,6 +134,8 @@ def service_problems(spec: Document) -> list[str]:
                 found.append(f"{least} of all deployments want {wanted:g} {resource}, {nodes} nodes have less")
     (application,) = content["applications"]
     apart = {one["name"] for one in application.get("deployments", []) if one.get("max_replicas_per_node") == 1}
+    crowded = [name for name in apart & replicas.keys() if replicas[name].surge_percent]
+    found += [f"an update of {name} waits for nodes that are taken" for name in crowded]
     found += [f"{name} may have all its replicas on one node" for name in replicas.keys() - apart]
     found += [f"there is no deployment {name}" for name in apart - replicas.keys()]
     if any(one.min_replicas < 2 for one in replicas.values()):

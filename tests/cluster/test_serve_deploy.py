@@ -19,7 +19,7 @@ from node_processes import NodeProcesses, free_port
 LIMIT_S = 400
 TOKEN = secrets.token_hex(16)
 APPLICATIONS = "/api/serve/applications/"
-TINY = {"min_replicas": 2, "max_replicas": 2, "num_cpus": 0.2}
+TINY = {"min_replicas": 2, "max_replicas": 2, "num_cpus": 0.2, "surge_percent": 0}
 
 pytestmark = [pytest.mark.timeout(1500), pytest.mark.slow]
 
@@ -105,15 +105,14 @@ def deploy(nodes, content):
     """Put the config where KubeRay puts it, and wait until all of it runs."""
     assert nodes.ask(APPLICATIONS, token=False, method="PUT", content=content) == 401
     assert nodes.ask(APPLICATIONS, method="PUT", content=content) is None
-    (name,) = [application["name"] for application in content["applications"]]
+    (application,) = content["applications"]
 
     def runs():
-        found = nodes.ask(APPLICATIONS)["applications"].get(name, {})
-        assert found.get("status") != "DEPLOY_FAILED", found["message"]
-        healthy = all(one["status"] == "HEALTHY" for one in found.get("deployments", {}).values())
-        return (
-            found.get("status") == "RUNNING" and healthy and found["deployed_app_config"] == content["applications"][0]
-        )
+        found = nodes.ask(APPLICATIONS)["applications"].get(application["name"])
+        if found is None or (found["deployed_app_config"] or {}).get("args") != application["args"]:
+            return False
+        assert found["status"] != "DEPLOY_FAILED", found["message"]
+        return found["status"] == "RUNNING" and {one["status"] for one in found["deployments"].values()} == {"HEALTHY"}
 
     wait_until(runs, "the service does not run")
 

@@ -275,6 +275,10 @@ PLANTED_IN_SERVING = {
         lambda service: _serve(service, "{name: Explainer,", "{name: Explainers,"),
         "there is no deployment Explainers",
     ),
+    "an update that waits for itself": (
+        lambda service: _serve(service, "surge_percent: 0", "surge_percent: 50"),
+        "an update of Gateway waits for nodes that are taken",
+    ),
     "a single replica": (
         lambda service: _serve(service, "min_replicas: 2", "min_replicas: 1"),
         "may have a single replica",
