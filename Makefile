@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Two processes; a file's tests stay together.
 TWICE := -n 2 --dist loadfile
 
-.PHONY: help demo serve test unit lint types install clean
+.PHONY: help demo serve test unit lint types install page clean
 
 help:
 	@echo "make demo   install, then generate, train, evaluate and report on the pocket world (about 15 minutes on 2 idle cores)"
@@ -31,7 +31,7 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(TWICE) tests/unit
-	$(BIN)/python -m pytest $(TWICE) -m "not slow and not alone" tests/k8s tests/cluster tests/gpu
+	$(BIN)/python -m pytest $(TWICE) -m "not slow and not alone" tests/k8s tests/browser tests/cluster tests/gpu
 	$(BIN)/python -m pytest -m alone tests/cluster/test_autoscaling.py
 	$(BIN)/python -m pytest -m alone tests/cluster/test_training.py
 
@@ -44,6 +44,10 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+
+# The page that the server shows; users need neither node nor this: what it writes is in the repository.
+page:
+	cd introspect_ray/serving/web && npm ci && npm run build
 
 clean:
 	rm -rf $(VENV) runs

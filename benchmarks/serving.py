@@ -1,7 +1,8 @@
 """Load on the service: latency at given rates of requests, and what dynamic batching is worth.
 
     rates      requests start at fixed times whatever becomes of those before (open loop), so that waiting counts
-    kills      every kind of replica is killed (SIGKILL) so many times under 16 clients that send again what was lost
+    update     the service is brought from the one to the other under clients that send nothing again
+    kills      every kind of replica is killed (SIGKILL) so many times under clients that send again what was lost
     batching   16 clients that each ask again at once (closed loop), with batches of up to 16 and one by one; both must
                give the library's own answers before anything is timed
 
@@ -47,9 +48,10 @@ from introspect_ray.explainer.model import Explainer
 from introspect_ray.explainer.query import Query, Vector
 from introspect_ray.features.sae import load_sae
 from introspect_ray.serving.api import Explanation, LatentItem
+from introspect_ray.serving.app import application
 from introspect_ray.serving.calls import EXPLAINERS, target_deployment
 from introspect_ray.serving.client import AsyncClient, Retries, ServiceError
-from introspect_ray.serving.run import APPLICATION, serving
+from introspect_ray.serving.run import APPLICATION, Service, serving
 
 NAME = "explainer"
 LATENTS = 128
@@ -62,18 +64,21 @@ def main() -> None:
         folder = options.explainer or untrained(f"{place}/explainer")
         expected = library_answers(folder)
         found: dict[str, Any] = {"errors": 0}
-        for kind, size in (("batched", options.clients), ("unbatched", 1)):
-            with serving(config_of(folder, size)) as service:
+        batched, unbatched = (config_of(folder, size) for size in (options.clients, 1))
+        with serving(batched) as service:
+            for kind in ("batched", "unbatched"):
+                if kind == "unbatched":
+                    found["errors"] += update(service, unbatched, expected, options.clients)
                 found["errors"] += asyncio.run(check(service.url, expected))
                 rate, errors = asyncio.run(closed_loop(service.url, options.clients, options.seconds))
                 found[kind] = round(rate, 1)
                 found["errors"] += errors
                 print(f"{kind}: {rate:.1f} requests/s with {options.clients} clients, {errors} errors", flush=True)
-                if kind == "batched" and options.kills:
-                    found["errors"] += kills(service.url, expected, options)
-                if kind == "batched":
-                    for wanted in options.rates:
-                        found["errors"] += asyncio.run(open_loop(service.url, wanted, options.seconds))
+            found["errors"] += update(service, batched, expected, options.clients)
+            for rate in options.rates:
+                found["errors"] += asyncio.run(open_loop(service.url, rate, options.seconds))
+            if options.kills:
+                found["errors"] += kills(service, expected, options)
         found["ratio"] = round(found["batched"] / found["unbatched"], 2)
     print(json.dumps({key: found[key] for key in ("batched", "unbatched", "ratio", "errors")}))
 
@@ -150,43 +155,71 @@ async def closed_loop(url: str, clients: int, seconds: float) -> tuple[float, in
     return counts["answers"] / (time.monotonic() - started), counts["errors"]
 
 
-def kills(url: str, expected: Sequence[str], options: argparse.Namespace) -> int:
+class Load:
+    """Clients that ask without pause inside the block, and compare every answer with the library's."""
+
+    def __init__(self, url: str, expected: Sequence[str], clients: int, retries: Retries):
+        self.answered = 0
+        self.wrong = 0
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run(url, expected, clients, retries)))
+
+    async def _run(self, url: str, expected: Sequence[str], clients: int, retries: Retries) -> None:
+        async def client(number: int) -> None:
+            async with AsyncClient(url, retries=retries) as one:
+                while not self._stopped.is_set():
+                    try:
+                        self.wrong += await ask(one, number) != expected[number % LATENTS]
+                    except ServiceError:
+                        self.wrong += 1
+                    self.answered += 1
+                    number += clients
+
+        await asyncio.gather(*map(client, range(clients)))
+
+    def wait(self, answers: int) -> None:
+        """Until so many more have come."""
+        enough = self.answered + answers
+        while self.answered < enough:
+            time.sleep(0.05)
+
+    def __enter__(self) -> Load:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+
+def update(service: Service, config: ServeConfig, expected: Sequence[str], clients: int) -> int:
+    """Bring the service to another config while clients ask that send nothing again; requests lost or wrong."""
+    with Load(service.url, expected, clients, Retries(most=0)) as load:
+        load.wait(clients)
+        started = time.monotonic()
+        serve.run(application(config, service.models, digest=None), name=APPLICATION, route_prefix="/")
+        took = time.monotonic() - started
+        load.wait(2 * clients)
+    print(f"update in {took:.0f} s: {load.answered} requests meanwhile, {load.wrong} lost or wrong", flush=True)
+    return load.wrong
+
+
+def kills(service: Service, expected: Sequence[str], options: argparse.Namespace) -> int:
     """Wrong and lost answers while replicas die; prints how long it takes until there is another one."""
-    stopped, wrong, answered = threading.Event(), [0], [0]
-
-    async def run(start: int) -> None:
-        async with AsyncClient(url, retries=Retries(most=20)) as client:
-            number = start
-            while not stopped.is_set():
-                try:
-                    wrong[0] += await ask(client, number) != expected[number % LATENTS]
-                except ServiceError:
-                    wrong[0] += 1
-                answered[0] += 1
-                number += options.clients
-
-    async def load() -> None:
-        await asyncio.gather(*(run(number) for number in range(options.clients)))
-
-    thread = threading.Thread(target=lambda: asyncio.run(load()))
-    thread.start()
-    for deployment in (target_deployment("target_a"), EXPLAINERS, "Gateway"):
-        took = []
-        for _ in range(options.kills):
-            before = answered[0]
-            process = process_of(deployment)
-            os.kill(process, signal.SIGKILL)
-            died = time.monotonic()
-            while process_of(deployment) == process:
-                time.sleep(0.05)
-            took.append(time.monotonic() - died)
-            while answered[0] < before + 4 * options.clients:
-                time.sleep(0.05)
-        print(f"{deployment}: killed {options.kills} times, another after {max(took):.1f} s at most", flush=True)
-    stopped.set()
-    thread.join()
-    print(f"{answered[0]} requests while replicas died, {wrong[0]} lost or wrong", flush=True)
-    return wrong[0]
+    with Load(service.url, expected, options.clients, Retries(most=20)) as load:
+        for deployment in (target_deployment("target_a"), EXPLAINERS, "Gateway"):
+            took = []
+            for _ in range(options.kills):
+                process = process_of(deployment)
+                os.kill(process, signal.SIGKILL)
+                died = time.monotonic()
+                while process_of(deployment) == process:
+                    time.sleep(0.05)
+                took.append(time.monotonic() - died)
+                load.wait(4 * options.clients)
+            print(f"{deployment}: killed {options.kills} times, another after {max(took):.1f} s at most", flush=True)
+    print(f"{load.answered} requests while replicas died, {load.wrong} lost or wrong", flush=True)
+    return load.wrong
 
 
 @lru_cache

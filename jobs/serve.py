@@ -9,9 +9,10 @@ from introspect_ray.config import ServeConfig
 
 
 def main(config: ServeConfig) -> None:
-    from introspect_ray.serving.run import serving, watch  # Ray and torch load only after the config is checked
+    from introspect_ray.data.cluster import quiet_stderr  # Ray and torch load only after the config is checked
+    from introspect_ray.serving.run import serving, watch
 
-    with serving(config) as service:
+    with quiet_stderr(), serving(config) as service:
         names = [one.name for one in (*service.models.targets, *service.models.explainers, *service.models.simulators)]
         print(f"\nserving {', '.join(names)}", flush=True)
         if not service.models.explainers:

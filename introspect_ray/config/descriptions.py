@@ -102,6 +102,9 @@ class DescribeConfig(Config):
     features: FeatureDescriptionConfig = FeatureDescriptionConfig()
     """The coder whose latents are described, and the explainer's question."""
     explainer: str = "runs/explainer"
+    vectors: str | None = None
+    """Folder that collect_vectors.py wrote: the explainer is asked about its vectors in place of decoder rows, and a
+    vector's number is that of its row."""
     chat: ChatConfig = ChatConfig()
     prompt: PromptConfig = PromptConfig()
     num_candidates: Annotated[int, Field(ge=1)] = 1
@@ -125,6 +128,12 @@ class DescribeConfig(Config):
     def _candidates_differ(self) -> Self:
         if self.method == "chat" and self.num_candidates > 1 and not self.chat.temperature:
             raise ValueError(f"num_candidates {self.num_candidates} needs chat.temperature above 0, found 0")
+        return self
+
+    @model_validator(mode="after")
+    def _vectors_are_for_explainers(self) -> Self:
+        if self.vectors is not None and self.method != "explainer":
+            raise ValueError(f"vectors are for method explainer, found {self.method}")
         return self
 
 

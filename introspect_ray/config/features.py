@@ -234,9 +234,13 @@ class CollectVectorsConfig(Config):
     window: Annotated[int, Field(ge=2)] = 32
     """Tokens of one exemplar."""
     top: Annotated[int, Field(ge=1)] = 20
-    """Exemplars per vector in which its projection is largest; at most one per text."""
-    random: Annotated[int, Field(ge=0)] = 20
-    """Windows drawn from all, the same for every vector of a layer."""
+    """Exemplars per vector and split in which its projection is largest; at most one per text."""
+    quantiles: Annotated[int, Field(ge=1, le=100)] = 4
+    """Ranges that further windows drawn from all are parted into by their largest projection, those above zero."""
+    per_quantile: Annotated[int, Field(ge=0)] = 5
+    """Windows of each range, per split."""
+    random: Annotated[int, Field(ge=0)] = 50
+    """Windows drawn from all, per split, the same for every vector of a layer; scores by simulation need some."""
     center: bool = True
     """Take the corpus' mean vector off whatever is projected: it is a large part of all residual vectors, and would be
     most of what two of them share."""

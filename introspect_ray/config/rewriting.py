@@ -10,7 +10,7 @@ from introspect_ray.config.base import Config, Fraction
 from introspect_ray.config.resources import ActorConfig, ModelConfig, SourceConfig
 from introspect_ray.config.simulators import SimulatorConfig, TrainSimulatorConfig
 from introspect_ray.config.tasks import POCKET_FEATURES, SplitConfig
-from introspect_ray.config.training import OptimizationConfig, TrainerConfig
+from introspect_ray.config.training import TrainerConfig
 
 Name = Annotated[str, Field(pattern=r"^\w[\w .,:+()-]{0,39}$")]
 Selection = Literal["score", "contribution", "random"]
@@ -46,8 +46,7 @@ class RewriteSimulatorConfig(Config):
     training: TrainSimulatorConfig = TrainSimulatorConfig(
         held_out_share=0,
         label_score="label_f1",
-        optimization=OptimizationConfig(steps=400, learning_rate=2e-3),
-        trainer=TrainerConfig(packing=False, cpus_per_worker=2, checkpoint_every=100),
+        trainer=TrainerConfig(packing=False, cpus_per_worker=2, checkpoint_every=250),
     )
     """`pocket`: how it is trained; its exemplars, descriptions, starting model and output are this run's own. With
     `held_out_share` 0 it knows all descriptions, from other texts; `balanced_share` 1 never reaches the natural base
@@ -75,9 +74,10 @@ class RewriteLineConfig(Config):
     """`max` and `mean` combine the levels of all descriptions of a latent; `contrast` subtracts the levels of another
     latent's description ("this, but not that"), chosen on text that is not evaluated on; `shuffled` gives every
     latent the description of another one."""
-    scale: Literal["raw", "linear", "quantile", "detected", "context"] = "quantile"
-    """From level to activation: one unit for all; linear up to each latent's maximum (P2); quantile-normalised;
-    first whether it fires, then how strongly; the same with a threshold that depends on the context."""
+    scale: Literal["raw", "linear", "fitted", "quantile", "shrunk", "detected", "context"] = "quantile"
+    """From level to activation: one unit for all; linear up to each latent's maximum (P2); linear with the slope of
+    least squared error; quantile-normalised; that, times how far the latent's values can be trusted; first whether it
+    fires, then how strongly; that, with a threshold that depends on the context."""
     repaired: Literal["nothing", "false_alarms", "misses", "both"] = "nothing"
     """What an oracle corrects, to tell what is wrong: activations where there are none, missing ones, or both, which
     leaves wrong strengths alone."""
@@ -88,50 +88,41 @@ def _lines() -> tuple[RewriteLineConfig, ...]:
     """Lines for the pocket world. Names say which latents come first where it is not the best described ones:
     `needed:` those that the loss needs most, which shows what simulation loses, `random:` any."""
     line = RewriteLineConfig
-    score = (
-        line(name="deleted", kind="deleted"),
-        line(name="oracle", kind="oracle", max_fraction=0.2),
-        line(name="oracle levels", kind="oracle_levels", max_fraction=0.4),
-        line(name="lexicon quantile", max_fraction=0.2),
-        line(name="lexicon linear", scale="linear", max_fraction=0.2),
-        line(name="lexicon raw", scale="raw", max_fraction=0.2),
-        line(name="shuffled", descriptions="shuffled", max_fraction=0.2),
-        line(name="no description", source="none", max_fraction=0.2),
-        line(name="exact reader", simulator="exact"),
-        line(name="random: deleted", kind="deleted", selection="random", max_fraction=0.4),
-        line(name="random: exact reader", simulator="exact", selection="random", max_fraction=0.4),
+    options: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("linear", {"scale": "linear"}),
+        ("fitted", {"scale": "fitted"}),
+        ("shrunk", {"scale": "shrunk"}),
+        ("detected", {"scale": "detected"}),
+        ("context", {"scale": "context"}),
+        ("contrast", {"descriptions": "contrast"}),
+        ("max of several", {"descriptions": "max"}),
+        ("mean of several", {"descriptions": "mean"}),
+        ("shuffled", {"descriptions": "shuffled"}),
+        ("no false alarms", {"repaired": "false_alarms"}),
+        ("no misses", {"repaired": "misses"}),
+        ("neither", {"repaired": "both"}),
     )
     needed = (
         line(name="needed: deleted", kind="deleted"),
+        line(name="needed: oracle", kind="oracle", max_fraction=0.2),
         line(name="needed: oracle levels", kind="oracle_levels", max_fraction=0.4),
         line(name="needed: quantile", max_fraction=0.2),
-        line(name="needed: linear", scale="linear", max_fraction=0.2),
-        line(name="needed: detected", scale="detected", max_fraction=0.2),
-        line(name="needed: context", scale="context", max_fraction=0.2),
-        line(name="needed: shuffled", descriptions="shuffled", max_fraction=0.2),
+        line(name="needed: raw", scale="raw", max_fraction=0.2),
         line(name="needed: no description", source="none", max_fraction=0.2),
+        *(line(name=f"needed: {name}", max_fraction=0.2, **changes) for name, changes in options),
+        line(name="needed: exact reader", simulator="exact"),
+        *(line(name=f"needed: exact, {name}", simulator="exact", max_fraction=0.2, **how) for name, how in options),
     )
-    exact: tuple[tuple[str, dict[str, Any]], ...] = (
-        ("exact reader", {"max_fraction": 1.0}),
-        ("exact, shuffled", {"descriptions": "shuffled"}),
-        ("exact, linear", {"scale": "linear"}),
-        ("exact, detected", {"scale": "detected"}),
-        ("exact, context", {"scale": "context"}),
-        ("exact, contrast", {"descriptions": "contrast"}),
-        ("exact, max of several", {"descriptions": "max"}),
-        ("exact, mean of several", {"descriptions": "mean"}),
-        ("exact, no false alarms", {"repaired": "false_alarms"}),
-        ("exact, no misses", {"repaired": "misses"}),
-        ("exact, neither", {"repaired": "both"}),
+    score = (
+        line(name="deleted", kind="deleted"),
+        line(name="oracle levels", kind="oracle_levels", max_fraction=0.4),
+        line(name="exact reader", simulator="exact"),
+        line(name="exact, linear", simulator="exact", scale="linear", max_fraction=0.4),
+        line(name="exact, shuffled", simulator="exact", descriptions="shuffled", max_fraction=0.4),
+        line(name="random: deleted", kind="deleted", selection="random"),
+        line(name="random: exact reader", simulator="exact", selection="random"),
     )
-    read = tuple(
-        line(**{"name": f"needed: {name}", "simulator": "exact", "max_fraction": 0.4, **changes})
-        for name, changes in exact
-    )
-    return tuple(
-        one.model_copy(update={"selection": "contribution"}) if one.name.startswith("needed: ") else one
-        for one in (*score, *needed, *read)
-    )
+    return (*(one.model_copy(update={"selection": "contribution"}) for one in needed), *score)
 
 
 POCKET_LINES = _lines()
@@ -172,8 +163,8 @@ class RewriteConfig(Config):
     score: str | None = None
     """Name of the score that `selection: score` goes by; none takes the first that a description has."""
     explainer: str | None = None
-    """Folder of a trained explainer: adds its descriptions as the source `explainer`, and of every simulator the lines
-    `explainer, SIMULATOR` and `needed: explainer, SIMULATOR`."""
+    """Folder of a trained explainer: adds its descriptions as the source `explainer`, and of every simulator the line
+    `needed: explainer, SIMULATOR`."""
     question: str = POCKET_FEATURES.question
     """What explainers are asked, with `{vector}` in it: the question that they were trained on."""
     simulator: str | None = None
@@ -185,7 +176,7 @@ class RewriteConfig(Config):
     lines: tuple[RewriteLineConfig, ...] = POCKET_LINES
     fractions: tuple[Annotated[float, Field(gt=0, le=1)], ...] = P2_FRACTIONS
     """Shares of the live latents that are replaced."""
-    headline: str = "lexicon quantile"
+    headline: str = "needed: quantile"
     """Line that the report is about, at `headline_fraction`."""
     headline_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
     paper_compat: bool = False

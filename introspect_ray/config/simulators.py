@@ -45,8 +45,8 @@ class TrainSimulatorConfig(Config):
     copy_share: Annotated[float, Field(ge=0)] = 0.25
     """Made-up examples per example in the steps after that. They fade out while weights become natural."""
     held_out_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of the descriptions that are not trained on, so that what is learnt of them can be told from what is known
-    of others; which ones is a hash of their text."""
+    """Share of the latents that are not trained on, by a hash of layer, number and `seed`, so that what is learnt of
+    latents can be told from what is known of others. A text that describes one of them is not trained on for any."""
     label_score: str | None = None
     """Name of a score that descriptions have; those with less than `minimum_score`, or without it, are not trained on.
     None trains on all: what a wrong description teaches is that descriptions say little."""
@@ -73,13 +73,14 @@ class ScoreDescriptionsConfig(Config):
     """jobs/score_descriptions.py: simulate every candidate description on held-out windows, keep the best."""
 
     exemplars: str = "runs/exemplars"
-    """Folder that collect_exemplars.py wrote."""
+    """Folder that collect_exemplars.py wrote, or collect_vectors.py, whose vectors then take the place of latents."""
     descriptions: tuple[str, ...] = ("runs/descriptions",)
     """Files or folders of descriptions; a latent may have several candidates, of several sources."""
     output: str = "runs/scores"
     simulator: SimulatorConfig = SimulatorConfig()
     held_out: Literal["validation", "test"] = "test"
-    """Split of the texts that scores are of; calibrations and thresholds are fitted on the training split."""
+    """Split of the texts that scores are of; calibrations and thresholds are fitted on the training split. Vectors are
+    of test texts themselves: `validation`."""
     controls: tuple[Literal["shuffled", "empty"], ...] = ("shuffled", "empty")
     """What is scored beside the descriptions: another latent's, and none."""
     best_by: Literal["correlation", "paper_compat", "f1"] = "correlation"
@@ -92,11 +93,20 @@ class ScoreDescriptionsConfig(Config):
     max_latents: Annotated[int, Field(ge=1)] | None = None
     """Score at most so many latents, drawn by a hash."""
     only: Literal["all", "held_out", "trained"] = "all"
-    """Latents whose descriptions the simulator was trained without, or with; for simulators of train_simulator.py."""
-    held_out_share: Fraction = 0.1
-    """`held_out_share` of the simulator's training, which `only` needs to know."""
+    """Latents that a simulator of train_simulator.py was trained without, or with."""
+    split_of: str | None = None
+    """Folder of the simulator whose training `only` is about; none: the one that scores. Names the fine-tuned one where
+    a prompted one is to be scored on the same latents."""
     latents_per_shard: Annotated[int, Field(ge=1)] = 64
     bootstrap_samples: Annotated[int, Field(ge=100)] = 2000
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    max_failed_share: Fraction = 0.2
+    """The run fails if the simulator failed on a larger share of the descriptions, controls among them."""
     actors: ActorConfig = ActorConfig()
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _split_is_used(self) -> Self:
+        if self.split_of is not None and self.only == "all":
+            raise ValueError("split_of says which latents `only` is about: expected held_out or trained, found all")
+        return self

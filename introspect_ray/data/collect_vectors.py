@@ -28,6 +28,7 @@ from introspect_ray.data.storage import Folder
 from introspect_ray.data.vector_files import (
     MANIFEST_FILE,
     PLAN_FILE,
+    SCHEMA_VERSION,
     open_vectors,
     read_plan,
     write_plan,
@@ -175,15 +176,15 @@ def _finish(run: VectorRun, parts: Sequence[PartOrder]) -> dict[str, Any]:
     top, random, counts = merge_parts(run.work, parts, run.config)
     lost, tokens = sum(counts.lost.values()), sum(counts.tokens.values())
     _check_share("tokens", lost, lost + tokens, run)
-    if len(top) < len(rows):
+    if len({number for number, _ in top}) < len(rows):
         raise RunFailed(f"source {run.config.texts.path} has no text of two tokens outside of the test split")
     tokenizer = load_tokenizer(run.config.target)
     window_of = lru_cache(maxsize=None)(lambda ids: window(ids, tokenizer))
     finished = [
-        finished_row(row, number, top[number], random.get(number, []), counts, window_of)
-        for number, row in enumerate(rows)
+        finished_row(row, number, top, random, counts, run.config, window_of) for number, row in enumerate(rows)
     ]
     manifest = {
+        "schema_version": SCHEMA_VERSION,
         "run_key": run.claim.run_key,
         "config": resolved(run.config),
         "vectors": dict(sorted(Counter(row["kind"] for row in rows).items())),

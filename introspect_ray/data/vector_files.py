@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -24,11 +24,13 @@ from torch import Tensor
 from introspect_ray.data.shards import parquet_bytes
 from introspect_ray.data.storage import Folder
 from introspect_ray.errors import UserError
+from introspect_ray.features.exemplar_store import SplitName
 from introspect_ray.features.exemplars import Exemplar, LatentExemplars
 from introspect_ray.features.windows import Window
 
 VECTORS_FILE = "vectors.parquet"
 MANIFEST_FILE = "vectors.json"
+SCHEMA_VERSION = 2
 PLAN_FILE = "vectors.parquet"
 """In the folder `work/`: the vectors before they have exemplars."""
 
@@ -37,6 +39,8 @@ VectorKind = Literal["activation", "difference"]
 EXEMPLAR_TYPE = pa.struct(
     {
         "kind": pa.string(),
+        "quantile": pa.int8(),
+        "split": pa.string(),
         "text": pa.int64(),
         "start": pa.int32(),
         "ids": pa.list_(pa.int32()),
@@ -77,7 +81,14 @@ class CollectedVector:
     token: str
     vector: Float[np.ndarray, " D"]
     exemplars: LatentExemplars
-    """`latent` is the number of the row; `density` the share of tokens with a projection above zero."""
+    """`latent` is the number of the row; `density` the share of tokens with a projection above zero. Of all texts."""
+    splits: Sequence[SplitName]
+    """Split of the text that each exemplar is of."""
+
+    def of_split(self, split: SplitName) -> LatentExemplars:
+        """Exemplars of texts of one split."""
+        kept = [one for one, of in zip(self.exemplars.exemplars, self.splits, strict=True) if of == split]
+        return replace(self.exemplars, exemplars=tuple(kept))
 
 
 @dataclass(frozen=True)
@@ -98,7 +109,10 @@ def open_vectors(url: str) -> VectorSet:
         raise UserError(f"{url} holds no finished vectors: collect_vectors.py writes {MANIFEST_FILE} last") from error
     except ValueError as error:
         raise UserError(f"{url}/{MANIFEST_FILE} is not valid JSON: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("digest") != digest(content):
+    version = manifest.get("schema_version") if isinstance(manifest, dict) else None
+    if version != SCHEMA_VERSION:
+        raise UserError(f"{url} has schema version {version}, this version reads {SCHEMA_VERSION}: collect again")
+    if manifest.get("digest") != digest(content):
         raise UserError(f"{url}/{VECTORS_FILE} is not what {MANIFEST_FILE} says: delete both and collect them again")
     rows = pq.read_table(io.BytesIO(content)).to_pylist()
     return VectorSet(manifest, [_vector(number, row) for number, row in enumerate(rows)])
@@ -139,6 +153,7 @@ def _vector(number: int, row: dict[str, Any]) -> CollectedVector:
             window=Window(tuple(one["ids"]), tuple(one["pieces"])),
             activations=np.asarray(one["activations"], dtype=np.float32),
             kind=one["kind"],
+            quantile=one["quantile"],
         )
         for one in row["exemplars"]
     )
@@ -147,4 +162,5 @@ def _vector(number: int, row: dict[str, Any]) -> CollectedVector:
         **{name: row[name] for name in kept},
         vector=np.asarray(row["vector"], dtype=np.float32),
         exemplars=LatentExemplars(row["layer"], number, row["density"], row["maximum"], exemplars),
+        splits=tuple(one["split"] for one in row["exemplars"]),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +20,11 @@ from torch import Tensor
 
 from introspect_ray.config import CollectVectorsConfig
 from introspect_ray.data.shards import parquet_bytes
+from introspect_ray.data.splits import split_of
 from introspect_ray.data.storage import Folder
 from introspect_ray.data.vector_run import Item, PartOrder, window_rank
+from introspect_ray.features.exemplar_store import SPLITS, SplitName
+from introspect_ray.features.exemplars import ExemplarKind
 from introspect_ray.features.projection import (
     Hit,
     activations,
@@ -42,6 +45,7 @@ _RUN, _COUNTS = b"introspect_ray.run", b"introspect_ray.counts"
 _SCHEMA = pa.schema(
     [
         ("vector", pa.int32()),
+        ("split", pa.string()),
         ("rank", pa.float64()),
         ("text", pa.int64()),
         ("start", pa.int32()),
@@ -52,6 +56,8 @@ _SCHEMA = pa.schema(
 """`rank` is null for the best windows."""
 
 
+Place = tuple[int, SplitName]
+"""Number of a vector, and the split of the texts that windows of it are of."""
 Directions = dict[int, tuple[list[int], Tensor, Tensor]]
 """Layer -> numbers of its vectors, their directions at length 1, and the mean that is taken off what is projected."""
 
@@ -89,6 +95,7 @@ def write_part(
     bos = target.tokenizer.bos_token_id if adds_bos(target.tokenizer) else None
     longest = min(config.max_tokens, target.max_tokens or config.max_tokens)
     parts: list[tuple[int, int, list[int]]] = []
+    splits = {text["row"]: split_of(text["text"], config.split) for text in texts}
     for text in texts:
         offset = 0
         for ids in pieces(target.encode(text["text"]), longest, bos):
@@ -108,12 +115,14 @@ def write_part(
         counts.tokens[layer], counts.lost[layer] = len(kept), len(found) - len(kept)
         for number, firing in zip(numbers, (found[kept] > 0).sum(axis=0), strict=True):
             counts.firing[number] = int(firing)
-        hits += [(numbers[hit.vector], None, hit) for hit in best(sound, found, config.top)]
-        ranks = [window_rank(config.seed, span.text, span.start) for span in sound]
-        for rank, of_all in drawn(sound, found, ranks, config.random):
-            hits += [(numbers[hit.vector], rank, hit) for hit in of_all]
+        for split in sorted(set(splits.values())):
+            inside = [span for span in sound if splits[span.text] == split]
+            hits += [(numbers[hit.vector], None, hit) for hit in best(inside, found, config.top)]
+            ranks = [window_rank(config.seed, span.text, span.start) for span in inside]
+            for rank, of_all in drawn(inside, found, ranks, _num_drawn(config)):
+                hits += [(numbers[hit.vector], rank, hit) for hit in of_all]
     rows = [
-        {"vector": vector, "rank": rank, "text": hit.text, "start": hit.start}
+        {"vector": vector, "split": splits[hit.text], "rank": rank, "text": hit.text, "start": hit.start}
         | {"ids": list(hit.ids), "activations": hit.activations}
         for vector, rank, hit in hits
     ]
@@ -135,12 +144,17 @@ def _read(folder: Folder, order: PartOrder) -> pa.Table:
     return pq.read_table(io.BytesIO(folder.read(order.name)), page_checksum_verification=True)
 
 
+def _num_drawn(config: CollectVectorsConfig) -> int:
+    """Windows that are drawn of one split: first the random ones, then those that are parted by their projection."""
+    return config.random + config.quantiles * config.per_quantile
+
+
 def merge_parts(
     folder: Folder, parts: Iterable[PartOrder], config: CollectVectorsConfig
-) -> tuple[dict[int, list[Hit]], dict[int, list[Hit]], Counts]:
-    """Vector -> its best windows in order, vector -> the windows drawn, and the counts, of all parts."""
-    top: dict[int, list[Hit]] = defaultdict(list)
-    random: dict[int, list[tuple[float, Hit]]] = defaultdict(list)
+) -> tuple[dict[Place, list[Hit]], dict[Place, list[Hit]], Counts]:
+    """Of every vector and split the best windows and the windows drawn, in order, and the counts, of all parts."""
+    top: dict[Place, list[Hit]] = defaultdict(list)
+    random: dict[Place, list[tuple[float, Hit]]] = defaultdict(list)
     counts = Counts()
     for order in parts:
         table = _read(folder, order)
@@ -149,45 +163,67 @@ def merge_parts(
             values = np.asarray(row["activations"], dtype=np.float32)
             hit = Hit(row["vector"], row["text"], row["start"], tuple(row["ids"]), values)
             if row["rank"] is None:
-                top[hit.vector].append(hit)
+                top[hit.vector, row["split"]].append(hit)
             else:
-                random[hit.vector].append((row["rank"], hit))
+                random[hit.vector, row["split"]].append((row["rank"], hit))
         # After every part, so that no more is held than what stays and what one part brings.
-        for vector in top:
-            top[vector] = largest_hits(top[vector], config.top)
-        for vector, found in random.items():
-            random[vector] = sorted(found, key=lambda pair: (pair[0], pair[1].text, pair[1].start))[: config.random]
-    return dict(top), {vector: [hit for _, hit in found] for vector, found in random.items()}, counts
+        for place in top:
+            top[place] = largest_hits(top[place], config.top)
+        for found in random.values():
+            found.sort(key=lambda pair: (pair[0], pair[1].text, pair[1].start))
+            del found[_num_drawn(config) :]
+    return dict(top), {place: [hit for _, hit in found] for place, found in random.items()}, counts
 
 
 def finished_row(
     row: dict[str, Any],
     number: int,
-    top: Sequence[Hit],
-    random: Sequence[Hit],
+    top: Mapping[Place, Sequence[Hit]],
+    drawn_windows: Mapping[Place, Sequence[Hit]],
     counts: Counts,
+    config: CollectVectorsConfig,
     window_of: Callable[[tuple[int, ...]], Window],
 ) -> dict[str, Any]:
-    """A row of vectors.parquet with its statistics and exemplars."""
+    """A row of vectors.parquet with its statistics and exemplars: the best of all splits in order, then the others."""
     tokens = counts.tokens[row["layer"]]
+    best_windows = [(hit, split) for split in SPLITS for hit in top.get((number, split), ())]
+    best_windows.sort(key=lambda pair: pair[0].order)
+    chosen: list[tuple[ExemplarKind, int | None, SplitName, Hit]] = [
+        ("top", None, split, hit) for hit, split in best_windows
+    ]
+    for split in SPLITS:
+        windows = drawn_windows.get((number, split), ())
+        ranges = by_quantile(windows[config.random :], config.quantiles)
+        chosen += [("quantile", quantile, split, hit) for quantile, hit in ranges]
+        chosen += [("random", None, split, hit) for hit in windows[: config.random]]
     exemplars = [
         {
             "kind": kind,
+            "quantile": quantile,
+            "split": split,
             "text": hit.text,
             "start": hit.start,
             "ids": list(hit.ids),
             "pieces": list(window_of(hit.ids).pieces),
             "activations": hit.activations.tolist(),
         }
-        for kind, hits in (("top", top), ("random", random))
-        for hit in hits
+        for kind, quantile, split, hit in chosen
     ]
     return {
         **row,
         "density": counts.firing[number] / tokens if tokens else None,
-        "maximum": float(top[0].activations.max()) if top else None,
+        "maximum": float(best_windows[0][0].activations.max()) if best_windows else None,
         "exemplars": exemplars,
     }
+
+
+def by_quantile(windows: Sequence[Hit], quantiles: int) -> list[tuple[int, Hit]]:
+    """The windows above zero with the range that the rank of their largest activation lies in, 0 the lowest.
+
+    Windows drawn from all are, where they are above zero, drawn from all that are.
+    """
+    firing = sorted((hit for hit in windows if hit.activations.max() > 0), key=lambda hit: hit.order, reverse=True)
+    return [(place * quantiles // len(firing), hit) for place, hit in enumerate(firing)]
 
 
 def unit_vectors(rows: Sequence[dict[str, Any]], matrix: Tensor, means: dict[int, Tensor]) -> Directions:

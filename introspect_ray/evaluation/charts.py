@@ -11,6 +11,8 @@ import numpy as np
 _LOG_FROM = 10.0
 """A loss that falls by more than this factor is drawn on a logarithmic axis."""
 _TICK_DIGITS = (1, 2, 5)
+_LABEL_WIDTH = 9.0
+"""Percent of a plot that a label below it needs on a narrow screen."""
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,18 @@ def lines_plot(
     return LinesPlot(
         lines=drawn,
         levels=[Tick(up(y), name) for name, y in flat.items()],
-        x_ticks=[Tick(across(x), f"{x:g}") for x in xs],
+        x_ticks=_apart([Tick(across(x), f"{x:g}") for x in xs]),
         y_ticks=[Tick(up(value), f"{value:g}") for value in _ticks(low, high, is_log)],
     )
+
+
+def _apart(ticks: Sequence[Tick]) -> list[Tick]:
+    """The last tick, and before it those whose labels do not run into the next one."""
+    kept = [ticks[-1]]
+    for tick in reversed(ticks[:-1]):
+        if kept[0].place - tick.place >= _LABEL_WIDTH:
+            kept.insert(0, tick)
+    return kept
 
 
 def _moving_mean(values: np.ndarray, window: int) -> np.ndarray:

@@ -1,18 +1,16 @@
-"""Scoring descriptions: scorers, controls, the best candidate of a latent, and means over latents with intervals.
+"""Scoring descriptions: scorers, controls, and the best candidate of a latent.
 
     (description, held-out exemplars of its latent) x scorers -> name -> value or reason
-    per source, and per control: mean over latents, interval over latents, how many have no value and why
+    several candidates: chosen on one half of the windows, reported on the other
 
 A scorer is anything with the one method of `DescriptionScorer`; simulation is here, others ask language models.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import random
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
@@ -20,21 +18,22 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 
 from introspect_ray.errors import UserError
-from introspect_ray.evaluation.intervals import Bootstrap, Interval, bootstrap_mean
-from introspect_ray.evaluation.page import render_page
 from introspect_ray.features.descriptions import Description, Score, by_latent
 from introspect_ray.features.exemplars import Exemplar, LatentExemplars
+from introspect_ray.features.windows import Window
 from introspect_ray.interventions.memory import is_device_error
 from introspect_ray.simulator.base import Simulator
-from introspect_ray.simulator.base_rate import natural_weights
+from introspect_ray.simulator.base_rate import natural_weights, unweighted
 from introspect_ray.simulator.filter import TokenLookup, measure
-from introspect_ray.simulator.scores import METRICS, NEVER_FIRES, NO_WINDOWS, simulation_scores
+from introspect_ray.simulator.scores import METRICS, NEVER_FIRES, simulation_scores
 
 Control = Literal["shuffled", "empty"]
 logger = logging.getLogger(__name__)
 
 FAILED = "failed"
 """Reason of a score whose computation raised; the log says what."""
+CHOSEN_BY = "chosen_by_it"
+"""Reason of the paper's score of a candidate that was chosen by it."""
 STAGE_METRICS = ("first_stage_recall", "first_stage_skipped")
 CONTROLS: tuple[Control, ...] = ("shuffled", "empty")
 Pair = tuple[str, LatentExemplars]
@@ -90,9 +89,7 @@ class SimulationScorer:
         windows: list[tuple[list[Exemplar], list[Exemplar]]] = []
         for _, held_out in pairs:
             seen = self.train[held_out.layer, held_out.latent]
-            # Held-out `top` windows are no fair draw, and the paper's protocol takes those of training texts.
-            fair = [exemplar for exemplar in held_out.exemplars if exemplar.kind in ("quantile", "random")]
-            windows.append((list(seen.exemplars), fair))
+            windows.append((list(seen.exemplars), fair(held_out.exemplars)))
         stages = [self._stage(held_out) for _, held_out in pairs]
         asked = [
             (text, exemplar.window)
@@ -110,9 +107,9 @@ class SimulationScorer:
             ]
 
         found: list[Scores] = []
-        for (_, held_out), (train, fair), stage in zip(pairs, windows, stages, strict=True):
-            scores = simulation_scores(held_out.density, train, levels(train, stage), fair, levels(fair, stage))
-            found.append({**scores, **_stage_scores(stage, held_out.density, fair)})
+        for (_, held_out), (train, scored), stage in zip(pairs, windows, stages, strict=True):
+            scores = simulation_scores(held_out.density, train, levels(train, stage), scored, levels(scored, stage))
+            found.append({**scores, **_stage_scores(stage, held_out.density, scored)})
         return found
 
     def _stage(self, held_out: LatentExemplars) -> TokenLookup | None:
@@ -123,14 +120,14 @@ class SimulationScorer:
         return TokenLookup.fit([("", train)], self.first_stage_share)
 
 
-def _stage_scores(stage: TokenLookup | None, density: float, fair: Sequence[Exemplar]) -> dict[str, Score]:
+def _stage_scores(stage: TokenLookup | None, density: float, windows: Sequence[Exemplar]) -> dict[str, Score]:
     """Share of the firing windows that the first stage lets pass, and of all windows that it skips."""
     if stage is None:
         return {}
-    weights = natural_weights(density, fair) * [len(exemplar.window) for exemplar in fair]
+    weights = natural_weights(density, windows) * [len(exemplar.window) for exemplar in windows]
     if not weights.any():
-        return dict.fromkeys(STAGE_METRICS, Score(None, NO_WINDOWS))
-    report = measure(stage, [("", exemplar) for exemplar in fair], weights)
+        return dict.fromkeys(STAGE_METRICS, Score(None, unweighted(windows)))
+    report = measure(stage, [("", exemplar) for exemplar in windows], weights)
     recall = Score(None, NEVER_FIRES) if report.recall is None else Score(report.recall)
     return dict(zip(STAGE_METRICS, (recall, Score(report.skipped)), strict=True))
 
@@ -178,6 +175,11 @@ class Scored:
 
     description: Description
     scores: Scores
+    """On all held-out windows."""
+    selection: Scores | None = None
+    """On the half of them that candidates are chosen by; where a latent has several."""
+    report: Scores | None = None
+    """On the other half."""
 
     @property
     def filled(self) -> Description:
@@ -187,18 +189,65 @@ class Scored:
 
 
 def best_of(scored: Sequence[Scored], metric: str) -> list[Scored]:
-    """Of each latent the candidate with the largest value; of equals, and where none has a value, the first."""
-    found: dict[tuple[int, int], Scored] = {}
+    """Of each latent the candidate with the largest value on the selection half; of equals, and where none has a value,
+    the first.
+
+    The scores of a candidate that was chosen among several are those of the report half: the largest of several values
+    on the windows that it was chosen on is too large by chance alone. One without a rival keeps those of all windows.
+    The paper's score is of training windows that have no other half: by it a candidate can be chosen, not reported.
+    """
+    found: list[Scored] = []
+    for _, candidates in sorted(_by_latent(scored).items()):
+        chosen = candidates[0]
+        if len(candidates) > 1:
+            chosen = max(candidates, key=lambda one: _selected_by(one, metric))
+            assert chosen.report is not None, "rivals are scored on both halves"
+            by_paper = {metric: Score(None, CHOSEN_BY)} if metric == "paper_compat" else {}
+            chosen = replace(chosen, scores={**chosen.report, **by_paper})
+        found.append(chosen)
+    return found
+
+
+def _by_latent(scored: Sequence[Scored]) -> dict[tuple[int, int], list[Scored]]:
+    found: dict[tuple[int, int], list[Scored]] = {}
     for one in scored:
-        key = (one.description.layer, one.description.latent)
-        if key not in found or _value(one, metric) > _value(found[key], metric):
-            found[key] = one
-    return [found[key] for key in sorted(found)]
+        found.setdefault((one.description.layer, one.description.latent), []).append(one)
+    return found
 
 
-def _value(scored: Scored, metric: str) -> float:
-    value = scored.scores[metric].value
+def _selected_by(scored: Scored, metric: str) -> float:
+    assert scored.selection is not None, "rivals are scored on both halves"
+    value = scored.selection[metric].value
     return -math.inf if value is None else value
+
+
+def halves(latent: LatentExemplars) -> tuple[LatentExemplars, LatentExemplars]:
+    """The fair windows of a latent parted in two, to choose a candidate by and to report it on.
+
+    Drawn for the latent, half of every kind and range, and of those in which it fires; of an odd number the last
+    is reported on. A window that is of several kinds is in one half with all of them.
+    """
+    strata: dict[tuple[str, int | None, bool], list[Window]] = {}
+    placed: set[Window] = set()
+    exemplars = fair(latent.exemplars)
+    for one in exemplars:
+        if one.window not in placed:
+            placed.add(one.window)
+            strata.setdefault((one.kind, one.quantile, bool(one.activations.any())), []).append(one.window)
+    draw = random.Random(f"halves {latent.layer} {latent.latent}")
+    order: list[Window] = []
+    for windows in strata.values():
+        draw.shuffle(windows)
+        order += windows
+    chosen = set(order[1::2])
+    selection = tuple(one for one in exemplars if one.window in chosen)
+    report = tuple(one for one in exemplars if one.window not in chosen)
+    return replace(latent, exemplars=selection), replace(latent, exemplars=report)
+
+
+def fair(exemplars: Sequence[Exemplar]) -> list[Exemplar]:
+    """Those that are a fair draw: `top` ones are not, and the paper's protocol takes those of training texts."""
+    return [exemplar for exemplar in exemplars if exemplar.kind in ("quantile", "random")]
 
 
 def score_all(
@@ -216,97 +265,25 @@ def score_all(
     return [Scored(one, scores) for one, scores in zip(descriptions, merged, strict=True)]
 
 
-@dataclass(frozen=True)
-class MetricSummary:
-    """A metric over the latents of one source: the mean of those that have a value, and why others have none."""
+def score_candidates(
+    scorers: Sequence[DescriptionScorer],
+    descriptions: Sequence[Description],
+    held_out: Mapping[tuple[int, int], LatentExemplars],
+) -> list[Scored]:
+    """`score_all`, and of latents with several candidates also on either half of their windows.
 
-    interval: Interval
-    reasons: Mapping[str, int]
-
-
-Summary = dict[str, dict[str, MetricSummary]]
-"""Source -> metric -> summary."""
-
-
-def summarise(scored: Sequence[Scored], best: Sequence[Scored], options: Bootstrap) -> Summary:
-    """One entry per source, and `best` where a latent has several candidates.
-
-    A latent counts once: several candidates of one source are their mean, so that the unit is the latent.
+    The halves ask the scorers about the same pairs of description and window again.
     """
-    groups: dict[str, list[Scored]] = {}
-    for one in scored:
-        groups.setdefault(one.description.source, []).append(one)
-    own = [one for one in scored if one.description.source not in CONTROLS]
-    if len(best) < len(own):
-        groups = {"best": list(best), **groups}
-    return {source: _summary(rows, options) for source, rows in groups.items()}
-
-
-def _summary(rows: Sequence[Scored], options: Bootstrap) -> dict[str, MetricSummary]:
-    names = dict.fromkeys(name for row in rows for name in row.scores)
-    found: dict[str, MetricSummary] = {}
-    for name in names:
-        values: dict[tuple[int, int], list[float]] = {}
-        missing: Counter[str] = Counter()
-        for row in rows:
-            score = row.scores.get(name, Score(None, "not_scored"))
-            if score.value is None:
-                missing[str(score.reason)] += 1
-            else:
-                values.setdefault((row.description.layer, row.description.latent), []).append(score.value)
-        means = [sum(group) / len(group) for group in values.values()]
-        found[name] = MetricSummary(bootstrap_mean(means, options), dict(missing))
-    return found
-
-
-def summary_json(summary: Summary) -> str:
-    """`{source: {metric: {"value", "low", "high", "n", "undefined": {reason: count}}}}`; undefined values are null."""
-
-    def number(value: float) -> float | None:
-        return value if math.isfinite(value) else None
-
-    content = {
-        source: {
-            name: {
-                "value": number(one.interval.value),
-                "low": number(one.interval.low),
-                "high": number(one.interval.high),
-                "n": one.interval.n,
-                "undefined": dict(one.reasons),
-            }
-            for name, one in metrics.items()
-        }
-        for source, metrics in summary.items()
-    }
-    return json.dumps(content, indent=2, allow_nan=False) + "\n"
-
-
-def summary_table(summary: Summary) -> str:
-    """A line per source, a column `value [low, high] (n)` per metric."""
-    names = list(dict.fromkeys(name for metrics in summary.values() for name in metrics))
-    lines = [["source", *names]]
-    for source, metrics in summary.items():
-        lines.append([source, *(_cell(metrics[name].interval) if name in metrics else "" for name in names)])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
-
-
-def _cell(interval: Interval) -> str:
-    if not math.isfinite(interval.value):
-        return f"n/a ({interval.n})"
-    limits = f" [{interval.low:.3f}, {interval.high:.3f}]" if math.isfinite(interval.low) else ""
-    return f"{interval.value:.3f}{limits} ({interval.n})"
-
-
-def render_scores(summary: Summary, facts: Sequence[tuple[str, str]], confidence: float, metric: str) -> str:
-    """The report: one self-contained HTML page."""
-    names = list(dict.fromkeys(name for metrics in summary.values() for name in metrics))
-    return render_page(
-        "descriptions.html",
-        summary=list(facts),
-        scores=summary,
-        names=names,
-        featured=metric,
-        confidence=confidence,
-        controls=CONTROLS,
+    scored = score_all(scorers, descriptions, held_out)
+    candidates = _by_latent([one for one in scored if one.description.source not in CONTROLS])
+    rivals = [one.description for several in candidates.values() if len(several) > 1 for one in several]
+    parted = {key: halves(held_out[key]) for key, several in candidates.items() if len(several) > 1}
+    selection, report = (
+        iter(score_all(scorers, rivals, {key: both[half] for key, both in parted.items()})) for half in (0, 1)
     )
+    return [
+        replace(one, selection=next(selection).scores, report=next(report).scores)
+        if (one.description.layer, one.description.latent) in parted and one.description.source not in CONTROLS
+        else one
+        for one in scored
+    ]

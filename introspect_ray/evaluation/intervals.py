@@ -66,18 +66,21 @@ def bootstrap_intervals(rows: Sequence[Scored], metrics: Sequence[Metric], optio
     return result
 
 
-def bootstrap_mean(values: Sequence[float], options: Bootstrap) -> Interval:
-    """Mean of one value per group, and its percentile limits over resamples of the groups.
+def bootstrap_mean(values: Sequence[float], options: Bootstrap, groups: Sequence[int] | None = None) -> Interval:
+    """Mean of the values, and its percentile limits over resamples of the groups.
 
-    No values give `nan` throughout; one says nothing about variation between groups, and its limits are `nan`.
+    Without `groups` (one per value) every value is a group of its own. The mean of a resample is over its values, of
+    which it may have more or fewer than there are. No values give `nan` throughout; a single group says nothing about
+    variation between groups, and its limits are `nan`.
     """
-    count = len(values)
-    if count < 2:
-        return Interval(values[0] if values else np.nan, np.nan, np.nan, count, count)
     column = np.asarray(values, dtype=np.float64)
-    means = np.concatenate([weights @ column for weights in _group_weights(count, options)]) / count
+    names, index = np.unique(np.arange(len(column)) if groups is None else np.asarray(groups), return_inverse=True)
+    if len(names) < 2:
+        return Interval(float(column.mean()) if len(column) else np.nan, np.nan, np.nan, len(column), len(names))
+    sums, counts = np.bincount(index, weights=column), np.bincount(index)
+    means = np.concatenate([(weights @ sums) / (weights @ counts) for weights in _group_weights(len(names), options)])
     low, high = _quantiles(means, options.confidence)
-    return Interval(float(column.mean()), low, high, count, count)
+    return Interval(float(column.mean()), low, high, len(column), len(names))
 
 
 def paired_difference(a: Sequence[Scored], b: Sequence[Scored], metric: Metric, options: Bootstrap) -> Interval:

@@ -63,6 +63,11 @@ def by_latent(descriptions: Iterable[Description]) -> dict[tuple[int, int], list
     return groups
 
 
+def same_words(text: str) -> str:
+    """Equal for texts that differ in white space or case alone, and so say the same."""
+    return " ".join(text.split()).casefold()
+
+
 def ranked_by(score: str, candidates: Iterable[Description]) -> list[Description]:
     """Those with the largest such score first, those without it last; equal ones keep their order."""
     values = [(one.scores.get(score), one) for one in candidates]

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from introspect_ray.config import RewriteConfig, RewriteLineConfig, Selection
 from introspect_ray.errors import RunFailed
 from introspect_ray.features.descriptions import Description
+from introspect_ray.rewrite.quantiles import fit_quantiles, fit_shrunk
 from introspect_ray.rewrite.scales import (
     HALF_LEVEL,
     PaperScale,
@@ -24,12 +25,12 @@ from introspect_ray.rewrite.scales import (
     contrasts,
     fit_detected,
     fit_in_context,
+    fit_slopes,
     linear,
     raw,
 )
 from introspect_ray.rewrite.statistics import LatentStatistics
 from introspect_ray.simulator.base import MAX_LEVEL
-from introspect_ray.simulator.calibration import QuantileCalibration
 
 Texts = Mapping[int, tuple[str, ...]]
 """Latent -> its descriptions by one source, the best first."""
@@ -219,8 +220,12 @@ def fit_line(
         scale = raw(line.maximum)
     elif line.config.scale == "linear":
         scale = PaperScale(line.maximum) if paper_compat else linear(line.maximum)
+    elif line.config.scale == "fitted":
+        scale = fit_slopes(own_measured, truth)
     elif line.config.scale == "quantile":
         scale = fit_quantiles(own_measured, truth)
+    elif line.config.scale == "shrunk":
+        scale = fit_shrunk(own_measured, truth)
     elif line.config.scale == "detected":
         scale = fit_detected(own_measured, truth)
     else:
@@ -238,30 +243,6 @@ def _contrast(
     unit = np.maximum(line.maximum, 1e-12) / MAX_LEVEL
     chosen = contrasts(own, np.minimum(truth / unit, MAX_LEVEL), pool)
     return tuple(names[column] if column >= 0 else None for column in chosen.tolist())
-
-
-@dataclass(frozen=True, eq=False)
-class Quantiles:
-    """Quantile normalisation of each latent by itself (`QuantileCalibration`)."""
-
-    calibrations: tuple[QuantileCalibration, ...]
-
-    def values(self, levels: Float[np.ndarray, "N S"], starts: Bool[np.ndarray, " N"]) -> Float[np.ndarray, "N S"]:  # noqa: ARG002
-        columns = [
-            calibration.apply(np.nan_to_num(levels[:, column])) for column, calibration in enumerate(self.calibrations)
-        ]
-        mapped = np.stack(columns, axis=1) if columns else np.zeros_like(levels)
-        return np.where(np.isnan(levels), np.nan, mapped)
-
-
-def fit_quantiles(levels: Float[np.ndarray, "M S"], truth: Float[np.ndarray, "M S"]) -> Quantiles:
-    """Fitted on measured tokens; zeros count, so that calibrated latents are as rare as true ones."""
-    return Quantiles(
-        tuple(
-            QuantileCalibration.fit(levels[:, column].astype(np.float64), truth[:, column].astype(np.float64))
-            for column in range(levels.shape[1])
-        )
-    )
 
 
 def best_texts(

@@ -7,23 +7,34 @@ from dataclasses import dataclass
 from typing import Any
 
 from introspect_ray.config import RewriteConfig, RewriteLineConfig
-from introspect_ray.evaluation.charts import LinesPlot, lines_plot
+from introspect_ray.evaluation.charts import LinesPlot, PlotLine, lines_plot
 from introspect_ray.evaluation.page import render_page
 from introspect_ray.rewrite.measure import TRUE, ZERO
 from introspect_ray.rewrite.results import Condition, Harm, Results, shown_conditions
 from introspect_ray.rewrite.scores import AgreementScores
 
 HARMS_SHOWN = 20
+GOLDEN_ANGLE = 137.508
+"""Degrees between the hues of lines that follow each other: no two of a few dozen are alike."""
 CONTEXT_TOKENS = 12
 """Tokens of a text that are shown before a false alarm."""
 
 
 @dataclass(frozen=True)
 class _Plot:
-    title: str
     phrase: str
     plot: LinesPlot
+    legend: Sequence[PlotLine]
+    """Its lines, the one that ends highest first."""
     tones: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Lines that replace the same latents, read by one simulator, and those on the same latents that need none."""
+
+    title: str
+    plots: Sequence[_Plot]
 
 
 @dataclass(frozen=True)
@@ -56,13 +67,17 @@ def rewriting_page(
             ("Protocol", "P2 as coded" if config.paper_compat else "ours"),
         ],
         verdict=verdict,
-        plots=[plot for plot in (_plot(results, "increase"), _plot(results, "divergence")) if plot is not None],
+        groups=_groups(config, results),
         rows=rows,
         fraction=config.headline_fraction,
         confidence=config.confidence,
         headline=results.headline,
         harms=harms,
         alarms={harm.latent: _alarms(harm, pieces) for harm in harms},
+        differences=[
+            (f"From true latents to {results.headline.name}", _PATH, results.comparison.path),
+            (f"From {results.headline.name} to", _CHANGES, results.comparison.changes),
+        ],
         conditions=[condition for condition in results.conditions if condition.line is not None],
     )
 
@@ -77,37 +92,71 @@ _BASELINES = {
 }
 
 
+_PATH = "What each step costs; the steps add up to all that the headline loses against the true latents."
+_CHANGES = "Lines that differ from the headline in one respect; positive: the headline is better."
+_CHOSEN = {"score": "best described first", "contribution": "most needed first", "random": "in random order"}
+_MEASURES = {
+    "increase": "Cross-entropy above the original, nats per token",
+    "divergence": "KL from the original, nats per token, logarithmic axis",
+}
+
+
 def line_phrase(line: RewriteLineConfig) -> str:
     """What a line does, in words."""
-    chosen = {"score": "best described first", "contribution": "most needed first", "random": "in random order"}
     if line.kind != "simulated":
         kinds = {
             "deleted": "chosen latents are zero",
             "oracle": "true values",
             "oracle_levels": "true values, rounded to the simulator's levels",
         }
-        return f"{kinds[line.kind]}; {chosen[line.selection]}"
+        return f"{kinds[line.kind]}; {_CHOSEN[line.selection]}"
     words = [f"{line.source} by {line.simulator}", line.scale]
     words += [line.descriptions] if line.descriptions != "one" else []
     words += [f"{line.repaired.replace('_', ' ')} repaired"] if line.repaired != "nothing" else []
-    return f"{', '.join(words)}; {chosen[line.selection]}"
+    return f"{', '.join(words)}; {_CHOSEN[line.selection]}"
 
 
-def _plot(results: Results, measure: str) -> _Plot | None:
-    names = list(dict.fromkeys(one.line for one in results.conditions if one.line is not None))
+def _groups(config: RewriteConfig, results: Results) -> list[_Group]:
+    """One group for every order of the latents and simulator, that of the headline first."""
+    (headline,) = [line for line in config.lines if line.name == config.headline]
+    simulated = [line for line in config.lines if line.kind == "simulated"]
+    keys: dict[tuple[str, str | None], None] = {(line.selection, line.simulator): None for line in simulated}
+    keys |= {
+        (line.selection, None): None
+        for line in config.lines
+        if line.selection not in {one.selection for one in simulated}
+    }
+    groups = []
+    for selection, simulator in sorted(keys, key=lambda key: key != (headline.selection, headline.simulator)):
+        names = [
+            line.name
+            for line in config.lines
+            if line.selection == selection and (line.kind != "simulated" or line.simulator == simulator)
+        ]
+        plots = [plot for measure in _MEASURES if (plot := _plot(results, names, measure)) is not None]
+        if plots:
+            read = f", read by {simulator}" if simulator is not None else ""
+            groups.append(_Group(f"Latents {_CHOSEN[selection]}{read}", plots))
+    return groups
+
+
+def _plot(results: Results, names: Sequence[str], measure: str) -> _Plot | None:
+    """The lines of some names; the headline is drawn last, above all others, in the colour of text."""
+    headline = results.headline.line
     lines = {
-        name: [(one.fraction, getattr(one.scores, measure).value) for one in results.of_line(name)] for name in names
+        name: [(one.fraction, getattr(one.scores, measure).value) for one in results.of_line(name)]
+        for name in sorted(names, key=lambda name: name == headline)
     }
     levels = {one.name: getattr(one.scores, measure).value for one in results.conditions if one.name in (TRUE, ZERO)}
     plot = lines_plot(lines, levels, is_log=measure == "divergence")
     if plot is None:
         return None
-    titles = {
-        "increase": ("Cross-entropy increase by fraction replaced", "Nats per token above the original"),
-        "divergence": ("Divergence by fraction replaced", "KL from the original, nats per token, logarithmic axis"),
+    legend = sorted((line for line in plot.lines if line.points), key=lambda line: line.points[-1][1])
+    tones = {
+        name: f"hsl({index * GOLDEN_ANGLE % 360:.0f} 62% {(42, 56)[index % 2]}%)" if name != headline else "var(--ink)"
+        for index, name in enumerate(lines)
     }
-    tones = {name: f"hsl({360 * index / len(names):.0f} 60% 48%)" for index, name in enumerate(names)}
-    return _Plot(*titles[measure], plot, tones)
+    return _Plot(_MEASURES[measure], plot, legend, tones)
 
 
 def _alarms(harm: Harm, pieces: Mapping[int, Sequence[str]]) -> list[tuple[str, str, float]]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from introspect_ray.evaluation.intervals import Bootstrap, Interval
+from introspect_ray.rewrite.comparison import Comparison, Difference, compare
 from introspect_ray.rewrite.lines import Line, count_of
 from introspect_ray.rewrite.measure import BASELINES, FalseAlarm, MeasurePlan, condition_name
 from introspect_ray.rewrite.scores import AgreementScores, ConditionScores, Losses, agreement_scores, condition_scores
@@ -52,6 +53,8 @@ class Results:
     harms: Sequence[Harm]
     """The latents of the headline, the most harmful first."""
     headline: Condition
+    comparison: Comparison
+    """The headline step by step, and beside the lines that differ from it in one respect."""
     num_texts: int
     num_tokens: int
 
@@ -66,6 +69,7 @@ def results(
     harm: np.ndarray,
     false_alarms: Sequence[FalseAlarm],
     costs: Mapping[str, int],
+    exact: frozenset[str],
     options: Bootstrap,
 ) -> Results:
     """Everything that the measured sums say.
@@ -74,6 +78,7 @@ def results(
         agreement: line -> sums of its latents, see `Agreement`.
         harm: nats of the headline's latents over all measured tokens.
         costs: condition -> tokens that a simulator reads.
+        exact: names of the simulators that read descriptions without error.
     """
     conditions = [Condition(name, None, 0.0, 0, condition_scores(losses, name, None, options), 0) for name in BASELINES]
     for line in plan.lines:
@@ -89,11 +94,13 @@ def results(
     headline = condition_name(plan.headline, plan.headline_fraction)
     (line,) = [line for line in plan.lines if line.config.name == plan.headline]
     each = by_line[plan.headline][1] if plan.headline in by_line else []
+    configs = [line.config for line in plan.lines]
     return Results(
         conditions=conditions,
         agreement={name: overall for name, (overall, _) in by_line.items()},
         harms=_harms(line, harm / losses.tokens.sum(), each, false_alarms),
         headline=next(condition for condition in conditions if condition.name == headline),
+        comparison=compare(configs, plan.headline, plan.headline_fraction, exact, losses, options),
         num_texts=len(losses.tokens),
         num_tokens=int(losses.tokens.sum()),
     )
@@ -156,6 +163,8 @@ def scores_json(results: Results, facts: Mapping[str, Any]) -> str:
             for condition in results.conditions
         },
         "agreement": {name: _plain(scores) for name, scores in results.agreement.items()},
+        "path": [_plain(step) for step in results.comparison.path],
+        "changes": [_plain(change) for change in results.comparison.changes],
         "harms": [
             {"latent": harm.latent, "texts": list(harm.texts), "nats": harm.nats, **_plain(harm.scores)}
             for harm in results.harms
@@ -166,27 +175,30 @@ def scores_json(results: Results, facts: Mapping[str, Any]) -> str:
 
 def _plain(value: Any) -> Any:
     """Dataclasses as objects; numbers that are not finite as null."""
-    if isinstance(value, ConditionScores | AgreementScores | Interval):
+    if isinstance(value, ConditionScores | AgreementScores | Difference | Interval):
         value = asdict(value)
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def table(results: Results, fraction: float) -> str:
-    """The table for a terminal: baselines, and every line at `fraction` or the largest that it reaches below."""
-    head = [
-        "condition",
-        "CE increase",
-        "KL",
-        "recovered",
-        "CE below deleting",
-        "KL below deleting",
-        "covered",
-        "tokens",
-        *_AGREEMENT,
-    ]
-    rows = [head]
+def tables(results: Results, fraction: float) -> str:
+    """The tables for a terminal: all conditions, and where the loss of the headline comes from."""
+    parts = [_conditions(results, fraction)]
+    for title, differences in (
+        (f"From true latents to {results.headline.name}", results.comparison.path),
+        (f"From {results.headline.name} to", results.comparison.changes),
+    ):
+        if differences:
+            head = [title, *DIFFERENCE_COLUMNS]
+            rows = [[one.what, cell(one.loss), cell(one.share, 2), cell(one.divergence)] for one in differences]
+            parts.append(_aligned([head, *rows]))
+    return "\n\n".join(parts)
+
+
+def _conditions(results: Results, fraction: float) -> str:
+    """Baselines, and every line at `fraction` or the largest that it reaches below."""
+    rows = [["condition", *COLUMNS, *AGREEMENT]]
     for condition in shown_conditions(results, fraction):
         scores = condition.scores
         agreement = results.agreement.get(condition.line or "")
@@ -196,14 +208,20 @@ def table(results: Results, fraction: float) -> str:
                 cell(scores.increase),
                 cell(scores.divergence),
                 cell(scores.recovered, 2),
+                cell(scores.regained, 2),
                 cell(scores.below_deleted),
                 cell(scores.divergence_below_deleted),
                 f"{scores.coverage:.0%}",
                 f"{condition.tokens:,}" if condition.tokens else "",
-                *(f"{getattr(agreement, name):.4g}" if agreement is not None else "" for name in _AGREEMENT),
+                *(f"{getattr(agreement, name):.4g}" if agreement is not None else "" for name in AGREEMENT),
             ]
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    return _aligned(rows)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows with their cells one below the other, the first column to the left."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = (
         "  ".join(
             [row[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True))]
@@ -213,8 +231,18 @@ def table(results: Results, fraction: float) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-_COLUMNS = ("CE increase", "KL", "recovered", "CE below deleting", "KL below deleting", "covered", "tokens")
-_AGREEMENT = ("specificity", "precision", "recall", "correlation")
+COLUMNS = (
+    "CE increase",
+    "KL",
+    "recovered",
+    "regained",
+    "CE below deleting",
+    "KL below deleting",
+    "covered",
+    "tokens",
+)
+AGREEMENT = ("specificity", "precision", "recall", "correlation")
+DIFFERENCE_COLUMNS = ("CE", "share of the gap", "KL")
 
 
 def shown_conditions(results: Results, fraction: float) -> list[Condition]:
@@ -240,6 +268,8 @@ def verdict(found: Results) -> str:
     if (deleted := scores.below_deleted) is not None:
         same = "better than" if deleted.low > 0 else "not shown to be better than"
         text += f"; {same} deleting the same latents ({deleted.value:+.4f} [{deleted.low:+.4f}, {deleted.high:+.4f}])"
+    if (regained := scores.regained) is not None and math.isfinite(regained.value):
+        text += f", of whose cost {regained.value:.2f} [{regained.low:.2f}, {regained.high:.2f}] is regained"
     return text
 
 

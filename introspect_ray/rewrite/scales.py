@@ -31,7 +31,8 @@ class Scale(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """Level 10 is each latent's own unit times ten: its maximum (P2), or one unit for all latents (`raw`)."""
+    """Level 10 is each latent's own unit times ten: its maximum (P2), one unit for all latents (`raw`), or what it is
+    worth on the fit texts."""
 
     units: Float[np.ndarray, " S"]
 
@@ -47,6 +48,15 @@ def linear(maximum: Float[np.ndarray, " S"]) -> Linear:
 def raw(maximum: Float[np.ndarray, " S"]) -> Linear:
     """The same unit for all latents, of the median maximum: what a simulator says without knowing the latent."""
     return Linear(np.full_like(maximum, np.median(maximum) / MAX_LEVEL))
+
+
+def fit_slopes(levels: Float[np.ndarray, "M S"], truth: Float[np.ndarray, "M S"]) -> Linear:
+    """Each latent's own unit, of least squared error, as if there were one more token at its highest level on which it
+    is silent: what a level is worth is little where the simulator is often wrong. Units are never negative."""
+    levels = np.nan_to_num(levels).astype(np.float64)
+    squares = (levels**2).sum(0) + (levels**2).max(0)
+    units = np.divide((levels * truth).sum(0), squares, out=np.zeros(levels.shape[1]), where=squares > 0)
+    return Linear(np.maximum(0.0, units))
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,6 +40,10 @@ class ConditionScores:
     recovered: Interval
     """Share of the gap between zero latents and true latents that is closed: 1 as good as true latents, 0 as bad as
     none at all. `nan` if true latents are no better than none."""
+    regained: Interval | None
+    """Share of what deleting the same latents costs that simulating them gets back: 1 as good as their true values, 0
+    as bad as without them. `nan` if deleting them costs nothing: then whatever is said of them is no evidence. None if
+    deleting them was not measured."""
     below_zero: Interval
     """How much lower its loss is than that of zero latents: positive is better than deleting all latents."""
     below_deleted: Interval | None
@@ -59,13 +63,15 @@ def condition_scores(losses: Losses, name: str, deleted: str | None, options: Bo
 
     tokens = losses.tokens[covered]
     below_zero = nats(ZERO, name)
-    closer = None
+    regained = closer = None
     if deleted is not None:
+        regained = ratio_interval(nats(deleted, name), nats(deleted, TRUE), options)
         closer = ratio_interval((losses.divergence[deleted] - losses.divergence[name])[covered], tokens, options)
     return ConditionScores(
         increase=ratio_interval(nats(name, ORIGINAL), tokens, options),
         divergence=ratio_interval(losses.divergence[name][covered], tokens, options),
         recovered=ratio_interval(below_zero, nats(ZERO, TRUE), options),
+        regained=regained,
         below_zero=ratio_interval(below_zero, tokens, options),
         below_deleted=ratio_interval(nats(deleted, name), tokens, options) if deleted is not None else None,
         divergence_below_deleted=closer,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from introspect_ray.config import (
     P2_FRACTIONS,
     DescriptionSourceConfig,
@@ -38,17 +36,15 @@ def effective(config: RewriteConfig) -> RewriteConfig:
 
 
 def _explainer_lines(config: RewriteConfig) -> list[RewriteLineConfig]:
-    """Both orders of latents, by every simulator, as far as the headline goes."""
-    orders: tuple[tuple[str, Literal["score", "contribution"]], ...] = (("", "score"), ("needed: ", "contribution"))
+    """On the latents that the loss needs most, by every simulator, as far as the headline goes."""
     return [
         RewriteLineConfig(
-            name=f"{prefix}{EXPLAINER}, {simulator.name}",
+            name=f"needed: {EXPLAINER}, {simulator.name}",
             source=EXPLAINER,
             simulator=simulator.name,
-            selection=selection,
+            selection="contribution",
             max_fraction=config.headline_fraction,
         )
-        for prefix, selection in orders
         for simulator in config.simulators
     ]
 

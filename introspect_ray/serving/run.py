@@ -51,12 +51,9 @@ def serving(config: ServeConfig) -> Iterator[Service]:
         _check_no_other()
         location = "EveryNode" if is_elsewhere() else "HeadOnly"
         level = "INFO" if is_verbose() else "ERROR"
+        options = {"host": config.host, "port": port, "request_timeout_s": 2 * config.limits.seconds}
         with quiet_stderr():
-            serve.start(
-                proxy_location=location,
-                http_options={"host": config.host, "port": port, "request_timeout_s": 2 * config.limits.seconds},
-                logging_config={"log_level": level},
-            )
+            serve.start(proxy_location=location, http_options=options, logging_config={"log_level": level})
         try:
             _deploy(application(config, models, digest))
             yield Service(f"http://{_url_host(config.host)}:{port}", models, digest is not None)

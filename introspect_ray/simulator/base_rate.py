@@ -14,6 +14,8 @@ from jaxtyping import Float
 
 from introspect_ray.features.exemplars import Exemplar
 
+NO_WINDOWS, NO_RANDOM_WINDOWS = "no_windows", "no_random_windows"
+
 
 def firing_share(density: float, exemplars: Sequence[Exemplar]) -> float:
     """f: share of windows in which the latent fires, from its density and how much of a firing window is firing tokens.
@@ -31,8 +33,12 @@ def natural_weights(density: float, exemplars: Sequence[Exemplar]) -> Float[np.n
 
     Firing windows are those of quantiles and of random draws; the top ones, which are no fair draw, count only where
     there are no others. Windows without firing are the random ones; those chosen for being like the top ones count
-    nothing. A stratum that should count but has no window leaves its share to the other.
+    nothing. Where every random window fires, the few silent ones that the density speaks of have no window to stand for
+    them, and firing windows take their share; so do silent ones where none fires. Without random windows nothing says
+    what silence is like: no window counts, and `unweighted` says why.
     """
+    if not any(exemplar.kind == "random" for exemplar in exemplars):
+        return np.zeros(len(exemplars))
     fires = np.array([bool(exemplar.activations.max() > 0) for exemplar in exemplars], dtype=bool)
     kinds = np.array([exemplar.kind for exemplar in exemplars], dtype="<U8")
     lengths = np.array([len(exemplar.window) for exemplar in exemplars], dtype=np.float64)
@@ -47,3 +53,8 @@ def natural_weights(density: float, exemplars: Sequence[Exemplar]) -> Float[np.n
             weights[stratum] = part / lengths[stratum].sum()
     total = float(weights @ lengths)
     return weights / total if total > 0 else weights
+
+
+def unweighted(exemplars: Sequence[Exemplar]) -> str:
+    """Why none of the windows counts, given that none does."""
+    return NO_RANDOM_WINDOWS if exemplars else NO_WINDOWS

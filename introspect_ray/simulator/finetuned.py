@@ -39,6 +39,18 @@ PUBLISHED_IDS: Mapping[int, int] = {128000: 128257, 128006: 128258, 128007: 1282
 """Ids that it gives the special tokens of Llama 3, in prefix and window alike; its vocabulary is 5 larger."""
 
 
+class LatentSplit(BaseModel):
+    """Which latents of which coder a simulator was trained without; training/simulator_split.py says how."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    held_out_share: float
+    """Share of the latents."""
+    seed: int
+    coder: str
+    coder_digest: str
+
+
 class SimulatorCard(BaseModel):
     """Everything that a simulator needs and that its weights and tokenizer do not say."""
 
@@ -53,6 +65,8 @@ class SimulatorCard(BaseModel):
     """Special token between the two, which no description can spell; none if the prefix's own text has to do."""
     base: str
     """Model that training started from."""
+    split: LatentSplit | None = None
+    """None for what was not trained by jobs/train_simulator.py."""
 
     @property
     def ids(self) -> Mapping[int, int]:
@@ -60,7 +74,7 @@ class SimulatorCard(BaseModel):
         return PUBLISHED_IDS if self.layout == "published" else {}
 
 
-def own_card(base: str, tokenizer: PreTrainedTokenizerBase) -> SimulatorCard:
+def own_card(base: str, tokenizer: PreTrainedTokenizerBase, split: LatentSplit | None = None) -> SimulatorCard:
     """The layout that we train: description, end-of-text, window; the first tokens of the vocabulary as levels.
 
     One token that stands nowhere else tells from its first layer on what is description and what is window.
@@ -72,6 +86,7 @@ def own_card(base: str, tokenizer: PreTrainedTokenizerBase) -> SimulatorCard:
         prefix="{description}" if separator is not None else "{description}\n",
         separator=separator,
         base=base,
+        split=split,
     )
 
 
@@ -87,10 +102,10 @@ class FinetunedSimulator:
         self._add_bos = adds_bos(tokenizer)
 
     @classmethod
-    def create(cls, config: ModelConfig) -> FinetunedSimulator:
-        """An untrained one of our layout, its weights those of `config`."""
+    def create(cls, config: ModelConfig, split: LatentSplit | None = None) -> FinetunedSimulator:
+        """An untrained one of our layout, its weights those of `config`, to be trained without latents of `split`."""
         tokenizer = load_tokenizer(config)
-        return cls(load_model(config), tokenizer, own_card(config.path, tokenizer))
+        return cls(load_model(config), tokenizer, own_card(config.path, tokenizer, split))
 
     @classmethod
     def load(cls, config: ModelConfig) -> FinetunedSimulator:

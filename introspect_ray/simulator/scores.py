@@ -18,15 +18,14 @@ from jaxtyping import Bool, Float
 
 from introspect_ray.features.descriptions import Score
 from introspect_ray.features.exemplars import Exemplar
-from introspect_ray.simulator.base_rate import natural_weights
+from introspect_ray.simulator.base_rate import NO_WINDOWS, natural_weights, unweighted
 from introspect_ray.simulator.calibration import LinearCalibration
 
 PAPER_EXEMPLARS = 20
 """P1 scores the 20 top exemplars of its training text."""
-NEVER_FIRES, CONSTANT, NO_WINDOWS, NOTHING_PREDICTED, NOT_FINITE = (
+NEVER_FIRES, CONSTANT, NOTHING_PREDICTED, NOT_FINITE = (
     "never_fires",
     "constant_prediction",
-    "no_windows",
     "nothing_predicted",
     "not_finite",
 )
@@ -72,15 +71,16 @@ def simulation_scores(
     """
     if not all(np.isfinite(levels).all() for levels in (*train_levels, *held_out_levels)):
         return dict.fromkeys(METRICS, Score(None, NOT_FINITE))
-    at_base_rate = tokens_of(train, train_levels, natural_weights(density, train))
-    scored = tokens_of(held_out, held_out_levels, natural_weights(density, held_out))
+    weights, held_out_weights = natural_weights(density, train), natural_weights(density, held_out)
     top = [index for index, exemplar in enumerate(train) if exemplar.kind == "top"][:PAPER_EXEMPLARS]
     best = tokens_of([train[i] for i in top], [train_levels[i] for i in top], np.ones(len(top)))
-    return {
-        "correlation": correlation(at_base_rate, scored),
-        "paper_compat": paper_correlation(best),
-        **detection(at_base_rate, scored),
-    }
+    paper = {"paper_compat": paper_correlation(best)}
+    for windows, counts in ((held_out, held_out_weights), (train, weights)):
+        if not counts.any():
+            return dict.fromkeys(METRICS, Score(None, unweighted(windows))) | paper
+    at_base_rate = tokens_of(train, train_levels, weights)
+    scored = tokens_of(held_out, held_out_levels, held_out_weights)
+    return {"correlation": correlation(at_base_rate, scored), **paper, **detection(at_base_rate, scored)}
 
 
 def paper_correlation(tokens: Tokens) -> Score:
@@ -105,8 +105,6 @@ def correlation(train: Tokens, held_out: Tokens) -> Score:
     """
     if reason := _undefined(held_out.predicted, held_out.true, held_out.weights):
         return Score(None, reason)
-    if not train.weights.any():
-        return Score(None, NO_WINDOWS)
     fitted = _weighted_slope(train)
     sign = 1.0 if fitted >= 0 else -1.0
     return Score(sign * weighted_pearson(held_out.predicted, held_out.true, held_out.weights))
@@ -120,8 +118,6 @@ def detection(train: Tokens, held_out: Tokens) -> dict[str, Score]:
     (2 TP + FP + FN).
     """
     names = ("specificity", "precision", "recall", "f1")
-    if not train.weights.any() or not held_out.weights.any():
-        return dict.fromkeys(names, Score(None, NO_WINDOWS))
     if not (train.true[train.weights > 0] > 0).any():
         return dict.fromkeys(names, Score(None, NEVER_FIRES))
     if np.ptp(train.predicted[train.weights > 0]) == 0:

@@ -25,8 +25,9 @@ from introspect_ray.data.identity import folder_digest
 from introspect_ray.data.journal import open_journal
 from introspect_ray.data.latent_rows import LatentRow, read_latent_rows, write_rows
 from introspect_ray.data.storage import Folder
+from introspect_ray.data.vector_files import open_vectors
 from introspect_ray.errors import RunFailed, UserError
-from introspect_ray.explainer.card import local_copy, read_card
+from introspect_ray.explainer.card import ExplainerCard, local_copy, read_card
 from introspect_ray.features.card import coder_folder
 from introspect_ray.features.descriptions import Description, by_latent
 from introspect_ray.features.exemplar_store import SplitName, open_exemplars
@@ -218,20 +219,38 @@ def _prepare_chat(config: DescribeConfig) -> _Prepared:
 
 
 def _prepare_explainer(config: DescribeConfig) -> _Prepared:
-    card, sae = read_card(config.explainer), config.features.sae
-    coder = check_sae(sae, card.target.width)
-    if coder.layer >= card.target.num_layers:
+    card = read_card(config.explainer)
+    known, inputs, where = _asked_about(config, card)
+    if layers := sorted({layer for layer, _ in known if layer >= card.target.num_layers}):
         raise UserError(
-            f"SAE path '{sae}' is of layer {coder.layer}, but explainer {config.explainer} explains"
+            f"{where} is of layer {layers[0]}, but explainer {config.explainer} explains"
             f" {card.target.num_layers} layers"
         )
     with local_copy(config.explainer) as path:
-        inputs = {f"explainer {config.explainer}": folder_digest(path)}
-    inputs[f"SAE {sae}"] = folder_digest(coder_folder(sae))
-    latents = _chosen(config, [(coder.layer, latent) for latent in range(coder.num_latents)], f"SAE {sae}")
+        inputs[f"explainer {config.explainer}"] = folder_digest(path)
     return _Prepared(
-        f"explainer:{_last_part(config.explainer)}", latents, inputs, lambda _journal: explainer_describer(config)
+        f"explainer:{_last_part(config.explainer)}",
+        _chosen(config, known, where),
+        inputs,
+        lambda _journal: explainer_describer(config),
     )
+
+
+def _asked_about(config: DescribeConfig, card: ExplainerCard) -> tuple[list[tuple[int, int]], dict[str, str], str]:
+    """Latents of the coder, or the vectors in their place; digests of them; and what errors call them."""
+    if config.vectors is None:
+        sae = config.features.sae
+        coder = check_sae(sae, card.target.width)
+        latents = [(coder.layer, latent) for latent in range(coder.num_latents)]
+        return latents, {f"SAE {sae}": folder_digest(coder_folder(sae))}, f"SAE path '{sae}'"
+    found = open_vectors(config.vectors)
+    if (width := len(found.vectors[0].vector)) != card.target.width:
+        raise UserError(
+            f"vectors {config.vectors} have width {width}, but explainer {config.explainer} explains a target of width"
+            f" {card.target.width}"
+        )
+    numbers = [(one.layer, number) for number, one in enumerate(found.vectors)]
+    return sorted(numbers), {f"vectors {config.vectors}": found.manifest["digest"]}, f"vectors {config.vectors}"
 
 
 def _prepare_lexicon(config: DescribeConfig) -> _Prepared:

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import numpy as np
+
 from introspect_ray.config import DescribeConfig
 from introspect_ray.data.chat_pool import chat_model
 from introspect_ray.data.cluster import connect
 from introspect_ray.data.latent_rows import Candidate, FailedAnswer, LatentRow, failed_answer
 from introspect_ray.data.pool import check_resources
+from introspect_ray.data.vector_files import open_vectors
 from introspect_ray.explainer.query import Query, Vector
 from introspect_ray.features.describing import description_question, parse_description
 from introspect_ray.features.descriptions import Description
@@ -96,15 +99,19 @@ def _with_answers(row: LatentRow, answers: Mapping[int, Completion | Failure]) -
 
 @contextmanager
 def explainer_describer(config: DescribeConfig) -> Iterator[Describe]:
-    """Asks the trained explainer about decoder rows, on Ray actors."""
-    coder = load_sae(config.features.sae)
-    before, after = config.features.question.replace("{layer}", str(coder.layer)).split("{vector}")
+    """Asks the trained explainer about decoder rows, or about the config's vectors, on Ray actors."""
+    if config.vectors is None:
+        known = load_sae(config.features.sae).feature_vectors.float().numpy()
+    else:
+        known = np.stack([one.vector for one in open_vectors(config.vectors).vectors])
+
+    def query(row: LatentRow) -> Query:
+        before, after = config.features.question.replace("{layer}", str(row.layer)).split("{vector}")
+        return Query((before, Vector(known[row.latent], (row.layer,)), after))
+
     with connect():
         check_resources(config.actors)
         pool = AnswerPool(config.explainer, config.actors, config.batch_size, lambda _count: None)
-
-        def query(row: LatentRow) -> Query:
-            return Query((before, Vector(coder.feature_vectors[row.latent].float().numpy(), (coder.layer,)), after))
 
         def describe(shards: Sequence[Sequence[LatentRow]]) -> Iterator[list[LatentRow]]:
             # A shard may be no more than one batch: as many are asked about at once as keep all actors at work.

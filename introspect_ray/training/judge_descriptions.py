@@ -30,14 +30,8 @@ from introspect_ray.data.journal import open_journal
 from introspect_ray.data.judged_shards import ShardResult, read_result, write_result
 from introspect_ray.data.storage import Folder
 from introspect_ray.errors import RunFailed, UserError
-from introspect_ray.evaluation.description_scores import (
-    Scored,
-    control_descriptions,
-    render_scores,
-    summarise,
-    summary_json,
-    summary_table,
-)
+from introspect_ray.evaluation.description_scores import Scored, control_descriptions
+from introspect_ray.evaluation.description_summary import render_scores, summarise, summary_json, summary_table
 from introspect_ray.evaluation.embedding import Embedder
 from introspect_ray.evaluation.intervals import Bootstrap
 from introspect_ray.evaluation.judge import Judge

@@ -53,7 +53,7 @@ from introspect_ray.rewrite.code import columns_of, joined
 from introspect_ray.rewrite.lines import Line, fit_line, plan_lines
 from introspect_ray.rewrite.measure import MeasurePlan
 from introspect_ray.rewrite.page import rewriting_page
-from introspect_ray.rewrite.results import Results, results, scores_json, simulation_costs, table, verdict
+from introspect_ray.rewrite.results import Results, results, scores_json, simulation_costs, tables, verdict
 from introspect_ray.rewrite.settings import effective
 from introspect_ray.rewrite.statistics import LatentStatistics, pooled
 from introspect_ray.simulator.base import Simulator
@@ -74,16 +74,16 @@ OpenSimulator = Callable[[RewriteConfig, RewriteSimulatorConfig, Progress], Load
 
 @dataclass(frozen=True)
 class RewriteSummary:
-    """What a run wrote: the table for the terminal, a sentence about the headline, and where scores and report are."""
+    """What a run wrote: the tables for the terminal, a sentence about the headline, and where scores and report are."""
 
-    table: str
+    tables: str
     verdict: str
     results: Results
     output: str
 
     @property
     def text(self) -> str:
-        return f"{self.table}\n\n{self.verdict}\n\nwrote {self.output}/{SCORES_NAME} and {self.output}/{REPORT_NAME}"
+        return f"{self.tables}\n\n{self.verdict}\n\nwrote {self.output}/{SCORES_NAME} and {self.output}/{REPORT_NAME}"
 
 
 def _load_target(config: ModelConfig) -> Target:
@@ -314,7 +314,8 @@ class _Run:
         )
         options = Bootstrap(config.bootstrap_samples, config.confidence, config.seed)
         harm = collected.harm if collected.harm is not None else np.zeros(0)
-        found = results(plan, losses, collected.agreement, harm, collected.false_alarms, costs, options)
+        exact = frozenset(one.name for one in config.simulators if one.kind == "exact")
+        found = results(plan, losses, collected.agreement, harm, collected.false_alarms, costs, exact, options)
         facts = {
             "target": config.target.path,
             "coder": config.coder,
@@ -326,4 +327,4 @@ class _Run:
         pieces = {text.row: window(text.ids, self.tokenizer).pieces for text in texts}
         page = rewriting_page(config, found, facts, verdict(found), pieces)
         self.folder.write(REPORT_NAME, page.encode())
-        return RewriteSummary(table(found, config.headline_fraction), verdict(found), found, config.output)
+        return RewriteSummary(tables(found, config.headline_fraction), verdict(found), found, config.output)

@@ -148,7 +148,9 @@ def open_simulator(config: RewriteConfig, simulator: RewriteSimulatorConfig, pro
         return LoadSimulator(partial(_load_exact, config.target), stable_id("exact", resolved(config.target)))
     given = simulator.given if simulator.given is not None else pocket_simulator(config, simulator, progress)
     given = given.model_copy(update={"cache_tokens": 0})
-    return LoadSimulator(partial(load_simulator, given), stable_id(resolved(given), _digest(given.model.path)))
+    content = _digest(given.model.path)
+    named = given.model_copy(update={"model": given.model.model_copy(update={"path": ""})}) if content else given
+    return LoadSimulator(partial(load_simulator, given), stable_id(resolved(named), content))
 
 
 def _load_exact(target: ModelConfig) -> Simulator:
@@ -156,7 +158,7 @@ def _load_exact(target: ModelConfig) -> Simulator:
 
 
 def _digest(path: str) -> str:
-    """Of a folder; empty for a hub id, which names its content well enough."""
+    """Of a folder, wherever it is; empty for a hub id, which names its content well enough."""
     try:
         with local_copy(path) as folder:
             return folder_digest(folder)

@@ -9,10 +9,9 @@ A shard is written whole or not at all, by whoever is asked: a dead actor and a 
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,32 +21,29 @@ from introspect_ray.data.cluster import connect
 from introspect_ray.data.description_files import write_descriptions
 from introspect_ray.data.identity import identify_target
 from introspect_ray.data.pool import check_resources
+from introspect_ray.data.scored_exemplars import Exemplars, VectorStore, check_windows, open_scored
 from introspect_ray.data.storage import Folder
 from introspect_ray.data.workers import WorkerPool, use_assigned_threads
 from introspect_ray.errors import RunFailed, UserError
 from introspect_ray.evaluation.description_scores import (
     CONTROLS,
     FAILED,
-    DescriptionScorer,
     Scored,
-    SimulationScorer,
     best_of,
     control_descriptions,
-    render_scores,
-    score_all,
-    summarise,
-    summary_json,
-    summary_table,
 )
+from introspect_ray.evaluation.description_summary import render_scores, summarise, summary_json, summary_table
 from introspect_ray.evaluation.intervals import Bootstrap
 from introspect_ray.explainer.card import is_remote
-from introspect_ray.features.descriptions import Description, Score, by_latent, description_lines
-from introspect_ray.features.exemplar_store import ExemplarStore, open_exemplars
+from introspect_ray.features.descriptions import Description, by_latent, description_lines
 from introspect_ray.simulator.base import Simulator
-from introspect_ray.simulator.cache import CachedSimulator
+from introspect_ray.simulator.finetuned import LatentSplit
 from introspect_ray.simulator.loading import check_simulator, load_simulator
+from introspect_ray.simulator.scores import NOT_FINITE
 from introspect_ray.tasks.base import stable_id
-from introspect_ray.training.simulator_run import absolute, candidates_of, drawn, is_held_out
+from introspect_ray.training.score_shards import Shard, read_shard, write_shard
+from introspect_ray.training.simulator_run import absolute, candidates_of, drawn
+from introspect_ray.training.simulator_split import part_of, split_of_simulator
 
 SCORES_NAME, REPORT_NAME, BEST_NAME, CONTROLS_NAME = "scores.json", "report.html", "best.jsonl", "controls.jsonl"
 logger = logging.getLogger(__name__)
@@ -55,19 +51,6 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]
 """(descriptions scored, descriptions in all, note)"""
 LoadSimulator = Callable[[SimulatorConfig], Simulator]
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The descriptions of some latents, all that an actor is told beside the config."""
-
-    index: int
-    run_key: str
-    descriptions: tuple[Description, ...]
-
-    @property
-    def name(self) -> str:
-        return f"shards/shard-{self.index:05d}.json"
 
 
 @dataclass(frozen=True)
@@ -90,7 +73,7 @@ class ScoreWorker:
     def __init__(self, config: ScoreDescriptionsConfig, load: LoadSimulator):
         use_assigned_threads()
         self.config = config
-        self.store = open_exemplars(config.exemplars)
+        self.store = open_scored(config.exemplars)
         # What a batch holds decides about last bits: a memory that outlives a shard would let them depend on history.
         self.simulator = load(config.simulator.model_copy(update={"cache_tokens": 0}))
 
@@ -105,44 +88,6 @@ class ScoreWorker:
             raise RunFailed(f"{shard.name}: {type(error).__name__}: {error}") from None
 
 
-def write_shard(
-    config: ScoreDescriptionsConfig,
-    store: ExemplarStore,
-    simulator: Simulator,
-    shard: Shard,
-    others: Sequence[DescriptionScorer] = (),
-) -> None:
-    """Score the descriptions of a shard and write them in one step. `others`: scorers beside simulation."""
-    latents = {(one.layer, one.latent) for one in shard.descriptions}
-    held_out = {key: store.read(key[1], config.held_out) for key in latents}
-    train = {key: store.read(key[1], "train") for key in latents}
-    if config.simulator.cache_tokens:
-        simulator = CachedSimulator(simulator, config.simulator.cache_tokens)
-    share = config.first_stage_share if config.first_stage == "tokens" else None
-    scored = score_all([SimulationScorer(simulator, train, share), *others], shard.descriptions, held_out)
-    rows = [
-        {"description": asdict(one.description), "scores": {name: asdict(score) for name, score in one.scores.items()}}
-        for one in scored
-    ]
-    content = {"run_key": shard.run_key, "shard": shard.index, "rows": rows}
-    Folder(config.output).write(shard.name, json.dumps(content, ensure_ascii=False, allow_nan=False).encode())
-
-
-def read_shard(folder: Folder, shard: Shard) -> list[Scored] | None:
-    """A shard as it lies there; None if it is absent, torn, or of another run."""
-    try:
-        content = json.loads(folder.read(shard.name))
-        if (content["run_key"], content["shard"]) != (shard.run_key, shard.index):
-            return None
-        rows = [
-            Scored(Description(**row["description"]), {name: Score(**score) for name, score in row["scores"].items()})
-            for row in content["rows"]
-        ]
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
-        return None
-    return rows if [row.description for row in rows] == list(shard.descriptions) else None
-
-
 def score_descriptions(
     config: ScoreDescriptionsConfig, progress: Progress, load: LoadSimulator = load_simulator
 ) -> ScoresSummary:
@@ -152,8 +97,11 @@ def score_descriptions(
     """
     config = _absolute(config)
     check_simulator(config.simulator)
-    store = open_exemplars(config.exemplars)
-    descriptions = _chosen(config, store)
+    store = open_scored(config.exemplars)
+    split = _split(config, store)
+    descriptions = _chosen(config, store, split)
+    for part in ("train", config.held_out):
+        check_windows(store, descriptions[0].latent, part)
     everything = [*descriptions, *control_descriptions(descriptions, config.controls, config.seed)]
     claim = _claim(config, store, everything)
     claim.check()
@@ -172,28 +120,36 @@ def score_descriptions(
                     raise RunFailed(f"{config.output}/{shard.name} was written and cannot be read back")
                 found[shard.index] = rows
                 progress(sum(map(len, found.values())), total, "")
-    return _finish(config, store, [row for shard in shards for row in found[shard.index]])
+    return _finish(config, store, split, [row for shard in shards for row in found[shard.index]])
 
 
-def _chosen(config: ScoreDescriptionsConfig, store: ExemplarStore) -> list[Description]:
+def _chosen(config: ScoreDescriptionsConfig, store: Exemplars, split: LatentSplit | None) -> list[Description]:
     """The descriptions to score. Raises UserError if there is none."""
     groups = candidates_of(config.descriptions, store)
-    if config.only != "all":
-        held_out = config.only == "held_out"
-        groups = {
-            key: kept
-            for key, candidates in groups.items()
-            if (kept := [one for one in candidates if is_held_out(one.text, config.held_out_share) == held_out])
-        }
+    if split is not None and config.only != "all":
+        groups = part_of(groups, split, config.only)
     if taken := {one.source for candidates in groups.values() for one in candidates} & set(CONTROLS):
         raise UserError(f"descriptions have the source {min(taken)!r}, which is the name of a control: rename it")
-    if not groups:
-        raise UserError(f"no description is {config.only} at held_out_share {config.held_out_share:g}")
+    if split is not None and not groups:
+        raise UserError(f"no description is of a {config.only} latent at held_out_share {split.held_out_share:g}")
     return [one for key in drawn(sorted(groups), config.max_latents, config.seed) for one in groups[key]]
 
 
+def _split(config: ScoreDescriptionsConfig, store: Exemplars) -> LatentSplit | None:
+    """What `only` is about; none if it is about nothing. Raises UserError where nothing says so."""
+    if config.only == "all":
+        return None
+    folder = config.split_of or config.simulator.model.path
+    if config.split_of is None and check_simulator(config.simulator) != "finetuned":
+        raise UserError(
+            f"simulator {folder} was trained on no latents, found only {config.only}: expected split_of, the folder of"
+            " one that was"
+        )
+    return split_of_simulator(folder, store.meta.coder, store.meta.coder_digest)
+
+
 def _claim(
-    config: ScoreDescriptionsConfig, store: ExemplarStore, everything: Sequence[Description]
+    config: ScoreDescriptionsConfig, store: Exemplars, everything: Sequence[Description]
 ) -> Claim[ScoreDescriptionsConfig]:
     model = config.simulator.model
     digest = stable_id(model.path if is_remote(model.path) else identify_target(model).model_dump())
@@ -210,9 +166,10 @@ def _relevant(config: ScoreDescriptionsConfig) -> dict[str, Any]:
     """What can change the shards."""
     plain = ScoreDescriptionsConfig()
     reset: dict[str, Any] = {
-        name: getattr(plain, name) for name in ("bootstrap_samples", "confidence", "best_by", "exemplars", "output")
+        name: getattr(plain, name)
+        for name in ("bootstrap_samples", "confidence", "best_by", "max_failed_share", "exemplars", "output")
     }
-    reset |= {"actors": ActorConfig(), "descriptions": ()}
+    reset |= {"actors": ActorConfig(), "descriptions": (), "split_of": None}
     model = config.simulator.model.model_copy(update={"device": "auto", "path": ""})
     reset["simulator"] = config.simulator.model_copy(update={"model": model, "cache_tokens": 0})
     return resolved(config.model_copy(update=reset))
@@ -239,14 +196,16 @@ def _on_actors(config: ScoreDescriptionsConfig, shards: Sequence[Shard], load: L
         yield shard
 
 
-def _finish(config: ScoreDescriptionsConfig, store: ExemplarStore, scored: Sequence[Scored]) -> ScoresSummary:
+def _finish(
+    config: ScoreDescriptionsConfig, store: Exemplars, split: LatentSplit | None, scored: Sequence[Scored]
+) -> ScoresSummary:
     """Write what the shards come to."""
     folder = Folder(config.output)
     own = [one for one in scored if one.description.source not in config.controls]
     controls = [one for one in scored if one.description.source in config.controls]
     best = best_of(own, config.best_by)
     options = Bootstrap(samples=config.bootstrap_samples, confidence=config.confidence, seed=config.seed)
-    summary = summarise(scored, best, options)
+    summary = summarise(scored, best, options, store.groups() if isinstance(store, VectorStore) else None)
     write_descriptions(folder, [one.filled for one in own])
     folder.write(CONTROLS_NAME, description_lines(one.filled for one in controls).encode())
     folder.write(BEST_NAME, description_lines(one.filled for one in best).encode())
@@ -254,13 +213,30 @@ def _finish(config: ScoreDescriptionsConfig, store: ExemplarStore, scored: Seque
         ("Exemplars", f"{store.meta.coder}, layer {store.meta.layer}"),
         ("Simulator", config.simulator.model.path),
         ("Latents", f"{len(best):,}"),
+        ("Of", _which(config, split)),
         ("Descriptions", f"{len(own):,}"),
         ("Scored on", f"{config.held_out} texts"),
     ]
+    if len(best) < len(own):
+        facts.append(("Best candidate", f"by {config.best_by} on half of these windows, scored on the others"))
     folder.write(REPORT_NAME, render_scores(summary, facts, config.confidence, config.best_by).encode())
     folder.write(SCORES_NAME, summary_json(summary).encode())
-    failed = sum(any(score.reason == FAILED for score in one.scores.values()) for one in scored)
+    failed = sum(any(score.reason in (FAILED, NOT_FINITE) for score in one.scores.values()) for one in scored)
+    if failed > config.max_failed_share * len(scored):
+        raise RunFailed(
+            f"the simulator failed on {failed} of {len(scored)} descriptions, more than the share of"
+            f" {config.max_failed_share:g} (max_failed_share); what there is lies in {config.output}"
+        )
     return ScoresSummary(config.output, summary_table(summary), failed)
+
+
+def _which(config: ScoreDescriptionsConfig, split: LatentSplit | None) -> str:
+    """Which latents are scored, for the report."""
+    if split is None:
+        return "all, whatever the simulator was trained on"
+    whose = config.split_of or "the simulator"
+    said = {"held_out": f"those that {whose} was trained without", "trained": f"those that {whose} was trained on"}
+    return f"{said[config.only]} (share held out {split.held_out_share:g}, seed {split.seed})"
 
 
 def _absolute(config: ScoreDescriptionsConfig) -> ScoreDescriptionsConfig:
@@ -272,6 +248,7 @@ def _absolute(config: ScoreDescriptionsConfig) -> ScoreDescriptionsConfig:
             "exemplars": absolute(config.exemplars),
             "descriptions": tuple(map(absolute, config.descriptions)),
             "output": absolute(config.output),
+            "split_of": config.split_of and absolute(config.split_of),
         }
     )
 

@@ -29,7 +29,7 @@ from introspect_ray.training.batches import micro_batches, share, step_indices, 
 from introspect_ray.training.checkpoint import Checkpoints, CheckpointStore, Tell, TrainState
 from introspect_ray.training.loggers import Loggers
 from introspect_ray.training.schedule import learning_rate, make_optimizer
-from introspect_ray.training.simulator_run import SimulatorRun, chosen_descriptions
+from introspect_ray.training.simulator_run import SimulatorRun, chosen_descriptions, latent_split
 from introspect_ray.training.trainable import Trainable
 from introspect_ray.training.workers import Workers
 
@@ -108,9 +108,9 @@ def build(config: TrainSimulatorConfig) -> tuple[FinetunedSimulator, tuple[list[
     model = config.model
     if model.device == "auto" and config.trainer.gpus_per_worker == 0:
         model = model.model_copy(update={"device": "cpu"})  # lent no GPU, though the process may see one
-    simulator = FinetunedSimulator.create(model)
-    simulator.model.requires_grad_(True).train()
     store = open_exemplars(config.exemplars)
+    simulator = FinetunedSimulator.create(model, latent_split(config, store))
+    simulator.model.requires_grad_(True).train()
     descriptions = chosen_descriptions(config, store)
     strata = training_pairs(
         [store.read(latent, "train") for _, latent in descriptions], descriptions, config.firing_share

@@ -14,15 +14,17 @@ from typing import Any
 from introspect_ray.config import LoggingConfig, TrainerConfig, TrainSimulatorConfig, differences, resolved
 from introspect_ray.data.description_files import read_descriptions
 from introspect_ray.data.identity import identify_target
+from introspect_ray.data.scored_exemplars import Exemplars, check_windows
 from introspect_ray.data.splits import unit_interval
 from introspect_ray.data.storage import TEMPORARY, Folder
 from introspect_ray.errors import UserError
 from introspect_ray.features.descriptions import Description, by_latent, description_lines
 from introspect_ray.features.exemplar_store import ExemplarStore, open_exemplars
 from introspect_ray.simulator.examples import LatentKey
-from introspect_ray.simulator.finetuned import SIMULATOR_FILE
+from introspect_ray.simulator.finetuned import SIMULATOR_FILE, LatentSplit
 from introspect_ray.tasks.base import stable_id
 from introspect_ray.training.run import CHECKPOINTS_FOLDER, TRAINING_FILE
+from introspect_ray.training.simulator_split import part_of
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def prepare(config: TrainSimulatorConfig) -> SimulatorRun:
     base = identify_target(config.model)
     store = open_exemplars(config.exemplars)
     chosen = chosen_descriptions(config, store)
+    check_windows(store, next(iter(chosen))[1], "train")
     text = description_lines(one for candidates in chosen.values() for one in candidates)
     key = stable_id(resolved(relevant(config)), base.model_dump(), store.meta.run_key, text)
     run = SimulatorRun(config, key, len(chosen))
@@ -77,18 +80,28 @@ def prepare(config: TrainSimulatorConfig) -> SimulatorRun:
     return run
 
 
+def latent_split(config: TrainSimulatorConfig, store: ExemplarStore) -> LatentSplit:
+    """Which latents the run leaves out."""
+    return LatentSplit(
+        held_out_share=config.held_out_share,
+        seed=config.seed,
+        coder=store.meta.coder,
+        coder_digest=store.meta.coder_digest,
+    )
+
+
 def chosen_descriptions(config: TrainSimulatorConfig, store: ExemplarStore) -> dict[LatentKey, list[Description]]:
     """Candidates of every latent that is trained on, by latent. Raises UserError if there is none."""
-    found = candidates_of(config.descriptions, store)
-    trained = {key: [one for one in candidates if _is_trained_on(one, config)] for key, candidates in found.items()}
-    kept = drawn([key for key, candidates in trained.items() if candidates], config.max_latents, config.seed)
+    found = part_of(candidates_of(config.descriptions, store), latent_split(config, store), "trained")
+    good = {key: [one for one in candidates if _is_good(one, config)] for key, candidates in found.items()}
+    kept = drawn([key for key, candidates in good.items() if candidates], config.max_latents, config.seed)
     if not kept:
         wanted = f", or lack a {config.label_score} of {config.minimum_score:g}" if config.label_score else ""
-        raise UserError(f"no latent of {config.exemplars} is left to train on: all descriptions are held out{wanted}")
-    return {key: trained[key] for key in kept}
+        raise UserError(f"no latent of {config.exemplars} is left to train on: all are held out{wanted}")
+    return {key: good[key] for key in kept}
 
 
-def candidates_of(sources: Sequence[str], store: ExemplarStore) -> dict[LatentKey, list[Description]]:
+def candidates_of(sources: Sequence[str], store: Exemplars) -> dict[LatentKey, list[Description]]:
     """Descriptions of the latents that fire in the exemplars. Raises UserError if there are none."""
     live = {(stats.layer, stats.latent) for stats in store.latents()}
     everything = by_latent(one for source in sources for one in read_descriptions(source))
@@ -101,18 +114,11 @@ def candidates_of(sources: Sequence[str], store: ExemplarStore) -> dict[LatentKe
     return found
 
 
-def _is_trained_on(description: Description, config: TrainSimulatorConfig) -> bool:
-    if is_held_out(description.text, config.held_out_share):
-        return False
+def _is_good(description: Description, config: TrainSimulatorConfig) -> bool:
     if config.label_score is None:
         return True
     score = description.scores.get(config.label_score)
     return score is not None and score >= config.minimum_score
-
-
-def is_held_out(description: str, share: float) -> bool:
-    """Whether a description is kept from training: the same on every machine and for every latent that has it."""
-    return unit_interval(f"simulator\x1f{description}") < share
 
 
 def drawn(keys: Sequence[LatentKey], most: int | None, seed: int) -> list[LatentKey]:

@@ -25,7 +25,7 @@ def cluster():
 
 def config(folder, **changes):
     tree = {"output": str(folder), "kinds": {"activations": 6, "differences": 6}, "texts": {"limit": 200}}
-    tree |= {"top": 5, "random": 4, "texts_per_block": 20}
+    tree |= {"top": 5, "random": 4, "texts_per_block": 20, "split": {"train": 0.6, "validation": 0.15, "test": 0.25}}
     return CollectVectorsConfig.model_validate(tree | changes)
 
 
@@ -62,7 +62,10 @@ def test_a_stopped_collection_goes_on_and_ends_as_one_without_ray(tmp_path, monk
     vectors = open_vectors(on_ray.output).vectors
     assert [vector.kind for vector in vectors] == ["activation"] * 6 + ["difference"] * 6
     for vector in vectors:
-        assert len(vector.exemplars.of_kind("top")) == 5 and len(vector.exemplars.of_kind("random")) == 4
+        for split in ("train", "validation"):
+            found = vector.of_split(split)
+            assert (len(found.of_kind("top")), len(found.of_kind("random"))) == (5, 4)
+            assert 0 < len(found.of_kind("quantile")) <= 4 * 5
         largest = [exemplar.activations.max() for exemplar in vector.exemplars.of_kind("top")]
         assert largest == sorted(largest, reverse=True) and largest[0] == vector.exemplars.maximum > 0
         assert all(len(exemplar.window) == len(exemplar.activations) for exemplar in vector.exemplars.exemplars)

@@ -1,16 +1,21 @@
-"""Rewriting on Ray: shuffled descriptions are worse than matched ones, nothing is done twice, failures are counted."""
+"""Rewriting on Ray: shuffled descriptions are worse than matched ones, a killed run goes on, failures are counted."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from broken_simulator import broken_opener
-from job_driver import check_line, run_jobs
+from job_driver import JOBS, check_line, environment, run_jobs
 
+from introspect_ray.cli import as_yaml
 from introspect_ray.config import ActorConfig, RewriteConfig, RewriteLineConfig, RewriteSimulatorConfig
 from introspect_ray.data.cluster import connect
 from introspect_ray.errors import RunFailed, UserError
@@ -19,6 +24,7 @@ from introspect_ray.training.rewriting import rewrite_transformer
 pytestmark = pytest.mark.timeout(900)
 
 TESTS = Path(__file__).parents[1]
+START_LIMIT_S = 200
 EXACT = RewriteSimulatorConfig(name="exact", kind="exact")
 
 
@@ -49,30 +55,51 @@ def config(output: Path, **changes) -> RewriteConfig:
     return RewriteConfig(**(values | changes))
 
 
-def test_a_run_its_second_run_and_a_run_with_failures(tmp_path, monkeypatch):
+def kill_in_the_middle(settings: RewriteConfig, folder: Path) -> None:
+    """Start the job on a cluster of its own, and kill it once it has simulated something."""
+    (folder / "config.yaml").write_text(as_yaml(settings))
+    driver = subprocess.Popen(
+        [sys.executable, str(JOBS / "rewrite_transformer.py"), "--config", str(folder / "config.yaml")],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + START_LIMIT_S
+    while not list(Path(settings.output, "levels").rglob("*.parquet")):
+        assert driver.poll() is None, driver.communicate()[0]
+        assert time.monotonic() < deadline, "nothing was simulated"
+        time.sleep(0.02)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    assert not Path(settings.output, "scores.json").exists()
+
+
+def test_a_killed_run_goes_on_a_whole_run_and_a_run_with_failures(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(TESTS), prepend=os.pathsep)  # of the actors, for the simulator that breaks
+    killed = config(tmp_path / "killed")
+    kill_in_the_middle(killed, tmp_path)
+    (tmp_path / "killed" / "truth" / "statistics-00001.parquet").write_bytes(b"torn")
     steps: list[tuple[str, int, int, str]] = []
     with connect():
-        first = rewrite_transformer(config(tmp_path / "run"), lambda *step: steps.append(step))
+        first = rewrite_transformer(killed, lambda *step: steps.append(step))
         told = [what for what, done, total, _ in steps if done == total]
-        assert told == ["shards of true latents", "blocks by simulator exact", "shards of losses"]
-        scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+        assert list(dict.fromkeys(told)) == ["shards of true latents", "blocks by simulator exact", "shards of losses"]
+        begun = {what: (done, total) for what, done, total, _ in reversed(steps)}
+        assert begun["shards of true latents"] == (6, 7), "only the torn one is made anew"
+        assert begun["blocks by simulator exact"][0] > 0
+        scores = json.loads((tmp_path / "killed" / "scores.json").read_text())
         _check_scores(scores)
-        assert "Latents that hurt most" in (tmp_path / "run" / "report.html").read_text()
+        assert "Latents that hurt most" in (tmp_path / "killed" / "report.html").read_text()
         assert "matched @ 0.2" in first.text
 
-        # What is there is not done again; a lost shard is made anew and gives the same; new lines add to the old.
-        (tmp_path / "run" / "measured" / "evaluation-00001.parquet").write_bytes(b"torn")
-        steps.clear()
-        rewrite_transformer(config(tmp_path / "run"), lambda *step: steps.append(step))
-        begun = {what: (done, total) for what, done, total, _ in reversed(steps)}
-        assert begun["shards of losses"] == (1, 2)
-        assert begun["shards of true latents"][0] == begun["shards of true latents"][1]
-        assert begun["blocks by simulator exact"][0] == begun["blocks by simulator exact"][1]
-        assert json.loads((tmp_path / "run" / "scores.json").read_text()) == scores
+        whole = rewrite_transformer(config(tmp_path / "whole"), lambda *_: None)
+        assert whole.tables == first.tables
+        assert json.loads((tmp_path / "whole" / "scores.json").read_text()) == scores
 
         with pytest.raises(UserError, match="other texts"):
-            rewrite_transformer(config(tmp_path / "run", evaluation_texts=41), lambda *_: None)
+            rewrite_transformer(config(tmp_path / "whole", evaluation_texts=41), lambda *_: None)
         _check_failures(tmp_path, first.results.harms[0].texts[0])
 
 
@@ -115,7 +142,7 @@ def test_bad_input_ends_in_one_line_before_anything_starts(tmp_path):
     text.write_text("One two three four.\n\nFive six seven eight.\n")
     missing = "[{name: mine, kind: file, path: /no/such/file}]"
     given = "[{name: finetuned, kind: given, given: {kind: prompted, model: {path: 'pocket:target_a'}}}]"
-    lines, own = "[{name: lexicon quantile}]", "[{name: lexicon quantile, source: mine}]"
+    lines, own = "[{name: 'needed: quantile'}]", "[{name: 'needed: quantile', source: mine}]"
     orders = {
         "few texts": ("rewrite_transformer", ["--source.path", str(text), "--simulators", given, "--lines", lines], {}),
         "no file": ("rewrite_transformer", ["--sources", missing, "--lines", own], {}),

@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from functools import lru_cache
+from urllib.parse import urlencode
 
 import numpy as np
 import pytest
@@ -158,7 +159,7 @@ def process_of(kind):
     return found
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=120):
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline
@@ -179,19 +180,17 @@ def test_answers_equal_the_library_calls(service, expected):
     assert texts[0] != texts[1]
 
 
-def test_no_request_is_lost_with_a_replica(service, expected):
-    recovery = {}
+def test_no_request_is_lost_with_replicas(service, expected):
     with Load(service.url, expected) as load:
-        for kind in KINDS:
-            killed = wait_for(lambda kind=kind: process_of(kind))
+        for kinds in (KINDS[:2], KINDS[2:]):
+            killed = {kind: wait_for(lambda kind=kind: process_of(kind)) for kind in kinds}
+            for process in killed.values():
+                os.kill(process, signal.SIGKILL)
+            for kind, process in killed.items():
+                wait_for(lambda kind=kind, process=process: process_of(kind) not in (None, process))
             seen = load.answered
-            os.kill(killed, signal.SIGKILL)
-            died = time.monotonic()
-            wait_for(lambda kind=kind, killed=killed: process_of(kind) not in (None, killed))
-            recovery[kind] = round(time.monotonic() - died, 1)
             wait_for(lambda seen=seen: load.answered > seen + 8)
     assert not load.wrong
-    assert set(recovery) == set(KINDS)
 
 
 def test_an_update_drops_nothing(service, folders, expected):
@@ -206,3 +205,18 @@ def test_an_update_drops_nothing(service, folders, expected):
     assert not load.wrong
     after = {kind: wait_for(lambda kind=kind: process_of(kind)) for kind in KINDS}
     assert all(after[kind] != before[kind] for kind in KINDS if not kind.startswith("Simulator"))
+
+
+def test_the_page_shows_what_the_library_says(service, expected, new_page):
+    expect = pytest.importorskip("playwright.sync_api").expect
+    name, item, text = expected[0]
+    view = {"text": item.text, "explainer": name, "layer": item.layer, "token": item.position}
+    page = new_page()
+    page.goto(f"{service.url}/#{urlencode(view)}")
+    expect(page.locator("#explanation blockquote")).to_have_text(text, timeout=30_000)
+    with Client(service.url) as client:
+        (levels,) = client.simulate("lexicon", [SimulateItem(description=text, text=item.text)])
+    shown = page.locator("ol.heat .level.simulated")
+    expect(shown).to_have_count(len(levels.activations), timeout=30_000)
+    found = [float(level.get_attribute("title").removeprefix("simulated: ")) for level in shown.all()]
+    assert found == levels.activations

@@ -114,5 +114,9 @@ def test_scores_go_on_where_they_stopped_and_come_out_the_same(folder):
     assert 0 < seen[0][0] < total
     assert (output / "shards" / "shard-00000.json").stat().st_mtime_ns == kept
     assert {name: (output / name).read_bytes() for name in files} == before
+    best = [json.loads(line) for line in before["best.jsonl"].splitlines()]
+    assert len(best) == NUM_LATENTS, "one of two candidates, and all that have no rival"
+    with pytest.raises(UserError, match=r"no description is of a held_out latent at held_out_share 0$"):
+        score_descriptions(_score_config(folder, only="held_out"), lambda *_: None)
     with pytest.raises(UserError, match=r"belongs to another config \(held_out is 'test' there, 'validation' here\)"):
         score_descriptions(_score_config(folder, held_out="validation"), lambda *_: None)

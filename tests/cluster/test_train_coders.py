@@ -4,12 +4,13 @@ without Ray, from the same blocks."""
 import os
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from dying_trainer import DyingTrainer
 
 from introspect_ray.config import ModelConfig, SourceConfig, TrainSaeConfig, TrainTranscoderConfig
-from introspect_ray.data.activations import ActivationStream, StreamPlan, block_rows
+from introspect_ray.data.activations import ActivationStream, SharedTexts, StreamPlan, block_rows
 from introspect_ray.data.cluster import connect
 from introspect_ray.data.sources import load_source
 from introspect_ray.data.storage import Folder
@@ -84,9 +85,10 @@ def test_coder_whose_trainer_died_is_the_one_made_without_ray(tmp_path, monkeypa
 
 def test_stream_begins_at_any_place_and_keeps_its_order_with_several_actors(tmp_path):
     config = TrainSaeConfig(**SMALL | {"actors": {"num_cpus": 0.5, "initial_size": 2, "max_size": 2}})
-    texts = [row["text"] for row in load_source(config.source, "text", ("text",)).rows][:70]
+    rows = load_source(config.source, "text", ("text",)).rows[:70]
+    texts = pa.chunked_array([pa.array([row["text"] for row in rows], pa.large_string())])
     plan = StreamPlan(ModelConfig(), 1, ("residual",), config.stream, len(texts), None)
-    stream = ActivationStream(plan, texts, config.actors, Folder(str(tmp_path)))
+    stream = ActivationStream(plan, SharedTexts.of(texts), config.actors, Folder(str(tmp_path)))
     parts = list(stream.parts(1, 7))
     expected = list(blocks(Target.load(plan.target), plan, texts, 1, 7))
     assert [part.block for part in expected] == sorted({part.block for part in parts}) == [1, 2, 3, 4]

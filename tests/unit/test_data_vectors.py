@@ -20,13 +20,15 @@ from introspect_ray.data.prepare import begin
 from introspect_ray.data.prepare import prepare as prepare_dataset
 from introspect_ray.data.shards import read_items
 from introspect_ray.data.sources import load_source
+from introspect_ray.data.splits import split_of
 from introspect_ray.data.storage import Folder
-from introspect_ray.data.vector_files import open_vectors, vector_schema, write_vectors
-from introspect_ray.data.vector_parts import is_finished, merge_parts, unit_vectors, write_part
+from introspect_ray.data.vector_files import SCHEMA_VERSION, open_vectors, vector_schema, write_vectors
+from introspect_ray.data.vector_parts import finished_row, is_finished, merge_parts, unit_vectors, write_part
 from introspect_ray.data.vector_run import PartOrder, VectorRun, as_matrix, corpus_mean, item_vectors, prepare
 from introspect_ray.data.writer import write_shard
 from introspect_ray.errors import UserError
 from introspect_ray.features.projection import activations, best, cut, drawn, largest_hits, sound_spans
+from introspect_ray.features.windows import Window
 from introspect_ray.interventions.target import Target
 from introspect_ray.models.tokens import position_of
 from introspect_ray.pocket.sources import fact_rows
@@ -41,6 +43,7 @@ LAYERS = (0, 2)
 def config(folder: Path, **changes: Any) -> CollectVectorsConfig:
     tree: dict[str, Any] = {"output": str(folder), "layers": LAYERS, "kinds": {"activations": 3, "differences": 3}}
     tree |= {"window": 5, "top": 4, "random": 3, "texts_per_block": 7, "max_tokens": 12}
+    tree |= {"quantiles": 2, "per_quantile": 3, "split": {"train": 0.5, "validation": 0.25, "test": 0.25}}
     texts, facts = _sources()
     return CollectVectorsConfig.model_validate(tree | {"texts": {"path": texts}, "facts": {"path": facts}} | changes)
 
@@ -177,6 +180,7 @@ def test_merged_parts_are_those_of_one_brute_force_pass(target: Target, tmp_path
     ]
     assert places[0] == places[2] and places[1] == places[3]
     assert whole[2].firing == found[2].firing and whole[2].tokens == found[2].tokens
+    contents = {item["row"]: item["text"] for item in run.corpus}
     # Brute force: every token of every text, one piece of a text at a time.
     rows = list(item_vectors(target, run.items, run.config))
     means = corpus_mean(target, run.config, run.mean_texts[:10])
@@ -195,15 +199,31 @@ def test_merged_parts_are_those_of_one_brute_force_pass(target: Target, tmp_path
                 value = max(0.0, float((hidden - means[layer]) @ vector / vector.norm()))
                 if value > expected.get(text, (-1.0, 0))[0] + 1e-4:
                     expected[text] = value, offset + 1 + 5 * (place // 5)
-        best_texts = sorted(expected, key=lambda text: -expected[text][0])[:4]
-        hits = whole[0][number]
-        assert [hit.text for hit in hits] == best_texts
-        assert [hit.start for hit in hits] == [expected[text][1] for text in best_texts]
-        largest = [expected[text][0] for text in best_texts]
-        assert [hit.activations.max() for hit in hits] == pytest.approx(largest, rel=1e-3)
-        assert len(whole[1][number]) == 3
-    # The windows drawn are the same for all vectors.
-    assert len({tuple((hit.text, hit.start) for hit in hits) for hits in whole[1].values()}) == 1
+        for split in ("train", "validation"):
+            of_split = [text for text in expected if split_of(contents[text], run.config.split) == split]
+            best_texts = sorted(of_split, key=lambda text: -expected[text][0])[:4]
+            hits = whole[0][number, split]
+            assert [hit.text for hit in hits] == best_texts
+            assert [hit.start for hit in hits] == [expected[text][1] for text in best_texts]
+            largest = [expected[text][0] for text in best_texts]
+            assert [hit.activations.max() for hit in hits] == pytest.approx(largest, rel=1e-3)
+            assert len(whole[1][number, split]) == 3 + 2 * 3
+    # The windows drawn of a split are the same for all vectors.
+    assert len({tuple((hit.text, hit.start) for hit in hits) for hits in whole[1].values()}) == 2
+    row = finished_row(rows[5], 5, *whole, run.config, lambda ids: Window(ids, tuple("x" for _ in ids)))
+    assert [one["kind"] for one in row["exemplars"][:8]] == ["top"] * 8
+    peaks = [max(one["activations"]) for one in row["exemplars"][:8]]
+    assert peaks == sorted(peaks, reverse=True) and peaks[0] == pytest.approx(row["maximum"])
+    for one in row["exemplars"]:
+        assert one["split"] == split_of(contents[one["text"]], run.config.split) != "test"
+        assert (one["quantile"] is not None) == (one["kind"] == "quantile")
+    for split in ("train", "validation"):
+        of_split = [one for one in row["exemplars"] if one["split"] == split]
+        assert sum(one["kind"] == "random" for one in of_split) == 3
+        quantile = [(one["quantile"], max(one["activations"])) for one in of_split if one["kind"] == "quantile"]
+        assert quantile == sorted(quantile) and 0 < len(quantile) <= 6
+        windows = [(one["text"], one["start"]) for one in of_split if one["kind"] != "top"]
+        assert len(set(windows)) == len(windows)
     many.write(parts[2].name, b"torn")
     assert [is_finished(many, order) for order in parts[:4]] == [True, True, False, True]
     assert not is_finished(many, PartOrder(0, "of another run"))
@@ -212,6 +232,7 @@ def test_merged_parts_are_those_of_one_brute_force_pass(target: Target, tmp_path
 def vectors_folder(folder: Path, width: int = 160) -> str:
     folder.mkdir(exist_ok=True)
     exemplar = {"kind": "top", "text": 3, "start": 1, "ids": [5, 6], "pieces": ["a", " b"], "activations": [0.0, 2.5]}
+    exemplar |= {"quantile": None, "split": "train"}
     rows = [
         {"vector_id": f"v{number}", "kind": "difference", "layer": number, "group": "g", "origin": "x", "token": "t"}
         | {"vector": [float(number)] * width, "density": 0.5, "maximum": 2.5, "exemplars": [exemplar]}
@@ -219,7 +240,7 @@ def vectors_folder(folder: Path, width: int = 160) -> str:
     ]
     assert set(rows[0]) == set(vector_schema(width).names)
     digest = write_vectors(Folder(str(folder)), rows, width)
-    (folder / "vectors.json").write_text(json.dumps({"digest": digest}))
+    (folder / "vectors.json").write_text(json.dumps({"digest": digest, "schema_version": SCHEMA_VERSION}))
     return str(folder)
 
 
@@ -230,9 +251,13 @@ def test_folder_is_read_as_latents_with_exemplars(tmp_path: Path) -> None:
     assert (one.exemplars.layer, one.exemplars.latent, one.exemplars.maximum) == (2, 2, 2.5)
     (exemplar,) = one.exemplars.of_kind("top")
     assert exemplar.window.text == "a b" and exemplar.activations.tolist() == [0.0, 2.5]
+    assert one.of_split("train").exemplars == one.exemplars.exemplars and one.of_split("validation").exemplars == ()
     file = tmp_path / "vectors.parquet"
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     with pytest.raises(UserError, match=r"vectors\.parquet is not what vectors\.json says"):
+        open_vectors(str(tmp_path))
+    (tmp_path / "vectors.json").write_text("{}")
+    with pytest.raises(UserError, match="has schema version None, this version reads 2: collect again"):
         open_vectors(str(tmp_path))
     with pytest.raises(UserError, match="holds no finished vectors"):
         open_vectors(str(tmp_path / "nowhere"))

@@ -1,6 +1,7 @@
 """Controls, the best candidate, and means over latents; the simulation scorer against one call per pair."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,8 +14,13 @@ from introspect_ray.evaluation.description_scores import (
     SimulationScorer,
     best_of,
     control_descriptions,
-    render_scores,
+    halves,
     score_all,
+    score_candidates,
+)
+from introspect_ray.evaluation.description_summary import (
+    independent,
+    render_scores,
     summarise,
     summary_json,
     summary_table,
@@ -25,6 +31,7 @@ from introspect_ray.features.exemplars import Exemplar, LatentExemplars
 from introspect_ray.features.windows import Window
 from introspect_ray.simulator.scores import simulation_scores
 
+PARTS = ("scores", "selection", "report")
 OPTIONS = Bootstrap(samples=500, confidence=0.9, seed=1)
 
 
@@ -129,17 +136,117 @@ def test_shuffled_descriptions_are_of_other_latents():
     assert all(one.text != {0: "same", 1: "same", 2: "other"}[one.latent] for one in lopsided)
 
 
-def scored(latent: int, text: str, value, source: str = "lexicon") -> Scored:
-    score = Score(value) if isinstance(value, float) else Score(None, value)
-    return Scored(described(latent, text, source), {"correlation": score})
+def scored(latent: int, text: str, value, source: str = "lexicon", halved=None) -> Scored:
+    """`halved`: values on the two halves, the same on both as on all windows if not given."""
+    score, selection, report = (
+        {"correlation": Score(one) if isinstance(one, float) else Score(None, one)}
+        for one in (value, *(halved or (value, value)))
+    )
+    return Scored(described(latent, text, source), score, selection, report)
 
 
-def test_the_best_candidate_of_each_latent_keeps_all_its_scores():
-    rows = [scored(1, "a", 0.1), scored(1, "b", 0.7), scored(1, "c", 0.7), scored(0, "d", "never_fires")]
+def test_the_best_candidate_is_chosen_on_one_half_and_reported_on_the_other():
+    rows = [
+        scored(1, "a", 0.9, halved=(0.1, 0.9)),
+        scored(1, "b", 0.5, halved=(0.7, 0.3)),
+        scored(1, "c", 0.6, halved=(0.7, 0.6)),
+        scored(0, "d", 0.2),
+        scored(2, "e", 0.4, halved=("never_fires", 0.5)),
+        scored(2, "f", 0.6, halved=("never_fires", 0.8)),
+    ]
     best = best_of(rows, "correlation")
-    assert [one.description.text for one in best] == ["d", "b"]
-    assert best[1].filled.scores == {"label_f1": 0.5, "correlation": 0.7}
-    assert best[0].filled.scores == {"label_f1": 0.5, "correlation": None}
+    assert [one.description.text for one in best] == ["d", "b", "e"]
+    assert [one.filled.scores["correlation"] for one in best] == [0.2, 0.3, 0.5]
+    assert best[1].filled.scores["label_f1"] == 0.5
+    paper = [replace(row, **{part: {"paper_compat": Score(0.5)} for part in PARTS}) for row in rows[:3]]
+    assert best_of(paper, "paper_compat")[0].scores["paper_compat"].reason == "chosen_by_it"
+
+
+class Noise:
+    """Levels that have nothing to do with anything, the same whenever a pair is asked about."""
+
+    def simulate(self, descriptions, windows):
+        return [
+            np.random.default_rng([int(text), *one.ids]).random(len(one.ids))
+            for text, one in zip(descriptions, windows, strict=True)
+        ]
+
+
+def test_choosing_among_many_worthless_candidates_makes_none_of_them_good():
+    """Forty candidates that know nothing: the best of them on the windows that it is chosen on looks like something."""
+    rng = np.random.default_rng(0)
+
+    def latent(number):
+        made = []
+        for index in range(24):
+            ids = (number, index, *map(int, rng.integers(0, 50, 4)))
+            kind, quantile = ("quantile", index % 4) if index < 8 else ("random", None)
+            active = np.zeros(6)
+            active[rng.integers(6)] = float(index < 8)
+            made.append(Exemplar(Window(ids, tuple(map(str, ids))), active, kind, quantile))
+        return LatentExemplars(0, number, 0.08, 1.0, tuple(made))
+
+    train, held = ({(0, n): latent(n) for n in range(12)} for _ in range(2))
+    everything = [Description(0, n, str(text), "made-up") for n in range(12) for text in range(40)]
+    rows = score_candidates([SimulationScorer(Noise(), train)], everything, held)
+    chosen = best_of(rows, "correlation")
+    assert len(chosen) == 12
+    by_chance = max(0.0, np.mean([one.scores["correlation"].value for one in chosen]))
+    largest = {
+        part: np.mean([max(one["correlation"].value for one in scores) for scores in np.reshape(found, (12, 40))])
+        for part, found in {"all": [row.scores for row in rows], "half": [row.selection for row in rows]}.items()
+    }
+    assert largest["half"] > largest["all"] > 0.2 and by_chance < 0.1
+
+
+def test_halves_part_every_kind_and_share_no_window():
+    latent = exemplars_of(1, 3)
+    many = []
+    for index in range(41):
+        kind, quantile = [("quantile", index % 4), ("random", None), ("top", None), ("silent", None)][index % 4]
+        active = np.array([0.0, float(index % 8 < 4)])
+        many.append(Exemplar(Window((index, index), (f"{index}", "")), active, kind, quantile))
+    twice = Exemplar(many[0].window, many[0].activations, "random")
+    latent = LatentExemplars(0, 1, 0.1, 2.0, (*many, twice))
+    selection, report = halves(latent)
+    windows = [{one.window for one in half.exemplars} for half in (selection, report)]
+    assert not windows[0] & windows[1]
+    assert {one.kind for half in (selection, report) for one in half.exemplars} == {"quantile", "random"}
+    assert len(selection.exemplars) + len(report.exemplars) == 11 + 10 + 1
+    for kind in ("quantile", "random"):
+        for fires in (True, False):
+            sizes = [
+                len({one.window for one in half.of_kind(kind) if one.activations.any() == fires and one is not twice})
+                for half in (selection, report)
+            ]
+            assert abs(sizes[0] - sizes[1]) <= 1
+    assert [one.window for one in halves(latent)[0].exemplars] == [one.window for one in selection.exemplars]
+
+
+def test_latents_with_equal_descriptions_are_one_group():
+    """Two values that ten latents share are two draws, not eleven."""
+    rows = [scored(n, "the word cat", 0.9) for n in range(10)] + [
+        scored(10, "the  Word cat", 0.9),
+        scored(11, "a", 0.1),
+    ]
+    rows += [scored(n, "", 0.5 - n / 100, "empty") for n in range(12)]
+    summary = summarise(rows, rows[:12], Bootstrap(samples=2000, confidence=0.95, seed=0))
+    lexicon, empty = summary["lexicon"]["correlation"].interval, summary["empty"]["correlation"].interval
+    assert lexicon.value == pytest.approx((11 * 0.9 + 0.1) / 12) and (lexicon.n, lexicon.num_groups) == (12, 2)
+    assert (lexicon.low, lexicon.high) == (pytest.approx(0.1), pytest.approx(0.9))
+    assert (empty.n, empty.num_groups) == (12, 2), "no words are no text that latents share; their own descriptions are"
+    swapped = [scored(n, f"text {n}", float(n)) for n in range(6)]
+    swapped += [scored(n, f"text {(n + 1) % 6}", float(n), "shuffled") for n in range(6)]
+    assert summarise(swapped, swapped[:6], OPTIONS)["shuffled"]["correlation"].interval.num_groups == 6
+    alone = summarise(rows[:11], rows[:11], OPTIONS)["lexicon"]["correlation"].interval
+    assert alone.num_groups == 1 and np.isnan(alone.low)
+    related = {(0, n): f"text {n % 2}" for n in range(3)}
+    different = [scored(n, f"text {n}", float(n)) for n in range(3)]
+    found = summarise(different, different, OPTIONS, related)["lexicon"]["correlation"].interval
+    assert (found.n, found.num_groups) == (3, 2)
+    chain = {(0, 0): {("text", "a")}, (0, 1): {("text", "b")}, (0, 2): {("text", "a"), ("text", "b")}, (0, 3): {}}
+    groups = independent(chain)
+    assert groups[0, 0] == groups[0, 1] == groups[0, 2] != groups[0, 3]
 
 
 def test_latents_count_once_and_undefined_scores_not_at_all():
@@ -165,6 +272,7 @@ def test_latents_count_once_and_undefined_scores_not_at_all():
         "low": None,
         "high": None,
         "n": 1,
+        "groups": 1,
         "undefined": {},
     }
     assert "0.600 [" in summary_table(summary)
@@ -180,4 +288,10 @@ def test_mean_interval_resamples_latents():
     assert found.value == pytest.approx(values.mean())
     assert found.high - found.low == pytest.approx(2 * error, rel=0.1)
     assert found.n == found.num_groups == 40
+    grouped = bootstrap_mean(
+        np.repeat(values, 5).tolist(), Bootstrap(4000, 0.95, 0), np.repeat(np.arange(40), 5).tolist()
+    )
+    assert (grouped.low, grouped.high) == (pytest.approx(found.low), pytest.approx(found.high)) and grouped.n == 200
+    lopsided = bootstrap_mean([0.0] * 9 + [1.0], OPTIONS, [0] * 9 + [1])
+    assert lopsided.value == pytest.approx(0.1) and (lopsided.low, lopsided.high) == (0.0, 1.0)
     assert np.isnan(bootstrap_mean([], OPTIONS).value) and np.isnan(bootstrap_mean([1.0], OPTIONS).low)

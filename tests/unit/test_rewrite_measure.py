@@ -26,7 +26,7 @@ from introspect_ray.rewrite.measure import (
     read_truth,
     text_batches,
 )
-from introspect_ray.rewrite.results import results, scores_json, simulation_costs, table
+from introspect_ray.rewrite.results import results, scores_json, simulation_costs, tables
 from introspect_ray.rewrite.scores import Losses, agreement_scores, condition_scores
 from introspect_ray.rewrite.site import Batch, Site
 
@@ -206,6 +206,9 @@ def test_measures_are_sums_over_texts_by_sums_over_texts():
     assert scores.recovered.value == pytest.approx((0.5 + 2 + 4) / (1 + 2 + 8))
     assert scores.below_deleted.value == pytest.approx((-0.5 + 2 + 1) / 10)
     assert scores.divergence_below_deleted.value == pytest.approx(2 * 2.5 / 10)
+    assert scores.regained.value == pytest.approx((-0.5 + 2 + 1) / (0 + 2 + 5)), "of what deleting the same costs"
+    free = condition_scores(losses_of(mine=[1.5, 2.0, 7.0], deleted=[1.0, 2.0, 3.0]), "mine", "deleted", OPTIONS)
+    assert math.isnan(free.regained.value), "deleting them costs nothing: nothing to regain"
     half = condition_scores(losses, "half", None, OPTIONS)
     assert half.coverage == pytest.approx(2 / 3) and half.below_deleted is None
     assert half.recovered.value == pytest.approx((1 + 2) / (1 + 2)), "only texts that are covered"
@@ -260,13 +263,13 @@ def test_results_of_a_run_are_complete_and_go_into_json():
         found.complete,
     )
     agreement = {one.line: one.sums for one in found.agreement}
-    whole = results(plan, losses, agreement, found.harm, found.false_alarms, {}, OPTIONS)
+    whole = results(plan, losses, agreement, found.harm, found.false_alarms, {}, frozenset(), OPTIONS)
     assert len(whole.conditions) == len(BASELINES) + 2 * 3
     assert whole.headline.name == "levels @ 0.5" and whole.headline.scores.below_deleted is not None
     content = json.loads(scores_json(whole, {"target": "tiny"}))
     assert content["conditions"]["levels @ 0.5"]["latents"] == 6
     assert content["agreement"]["levels"]["specificity"] == 1.0
-    assert "levels @ 0.5" in table(whole, 0.5) and "deleted @ 0.25" not in table(whole, 0.5)
+    assert "levels @ 0.5" in tables(whole, 0.5) and "deleted @ 0.25" not in tables(whole, 0.5)
 
 
 def test_costs_count_every_distinct_description_with_every_window():

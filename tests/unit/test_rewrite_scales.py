@@ -6,11 +6,13 @@ import numpy as np
 
 from introspect_ray.config import RewriteLineConfig
 from introspect_ray.rewrite.lines import Levels, Line, count_of, fit_line, plan_line, ranking, shuffled
+from introspect_ray.rewrite.quantiles import fit_shrunk
 from introspect_ray.rewrite.scales import (
     combined,
     contrasts,
     fit_detected,
     fit_in_context,
+    fit_slopes,
     linear,
     paper_activation,
     raw,
@@ -165,10 +167,29 @@ def test_quantile_normalisation_gives_simulated_activations_the_true_distributio
     assert said[3, 0] == 10.0 and said[1, 0] == 6.0
 
 
+def test_values_shrink_as_far_as_they_cannot_be_trusted():
+    """Of (0, 10, 6, 0), 6 and 10 are said at the second and the last token: 60 of 136, and one more firing of two."""
+    np.testing.assert_allclose(fitted(scale="shrunk")[:, 0], fitted(scale="quantile")[:, 0] * 60 / (136 * 1.5))
+    levels = np.linspace(0, 10, 400)[:, None]
+    true = np.where(levels > 9, levels, 0.0)
+    starts = np.zeros(400, dtype=bool)
+    np.testing.assert_allclose(fit_shrunk(levels, true).values(levels, starts), true, rtol=0.03)
+    assert (fit_shrunk(levels, true[::-1]).values(levels, starts) == 0).all(), "always at the wrong tokens"
+
+
+def test_a_fitted_level_is_worth_what_it_was_on_the_fit_texts():
+    levels = np.array([[0.0, 0.0], [5.0, 8.0], [10.0, 0.0], [10.0, 8.0]])
+    true = np.array([[3.0, 1.0], [2.0, 0.0], [6.0, 0.0], [0.0, 0.0]])
+    units = np.array([(5 * 2 + 10 * 6) / (25 + 100 + 100 + 100), 0.0])
+    scale = fit_slopes(levels, true)
+    np.testing.assert_allclose(scale.values(levels, NO_STARTS), levels * units)
+    assert (fit_slopes(np.zeros((4, 2)), true).units == 0).all()
+
+
 def test_a_failed_simulation_is_missing_under_every_scale():
     broken = Levels(LEVELS.index, LEVELS.levels.copy(), NO_STARTS, LEVELS.measured)
     broken.levels[1, 1] = np.nan
-    for scale in ("raw", "linear", "quantile", "detected", "context"):
+    for scale in ("raw", "linear", "fitted", "quantile", "shrunk", "detected", "context"):
         one = fit_line(line(scale=scale), LEVELS, TRUTH, statistics(), np.ones(4), paper_compat=False)
         for repaired in ("nothing", "both"):
             config = one.config.model_copy(update={"repaired": repaired})

@@ -32,9 +32,7 @@ def test_an_explainer_is_one_more_source_with_lines_by_every_simulator():
     config = effective(RewriteConfig(explainer="runs/explainer"))
     added = config.lines[len(RewriteConfig().lines) :]
     assert {(one.simulator, one.selection) for one in added} == {
-        ("finetuned", "score"),
         ("finetuned", "contribution"),
-        ("exact", "score"),
         ("exact", "contribution"),
     }
     assert all(one.source == "explainer" and one.max_fraction == config.headline_fraction for one in added)
@@ -78,8 +76,8 @@ def test_p2s_baselines_and_top_k_reach_the_measurement():
     [
         ({"headline": "nothing"}, "headline is 'nothing'"),
         ({"headline_fraction": 0.3}, "headline_fraction is 0.3"),
-        ({"lines": (RewriteLineConfig(name="lexicon quantile", source="mine"),)}, "has source mine"),
-        ({"lines": (RewriteLineConfig(name="lexicon quantile"),) * 2}, "each name once"),
+        ({"lines": (RewriteLineConfig(name="needed: quantile", source="mine"),)}, "has source mine"),
+        ({"lines": (RewriteLineConfig(name="needed: quantile"),) * 2}, "each name once"),
         ({"sources": ({"name": "mine", "kind": "file"},)}, "has path ''"),
         ({"simulators": ({"name": "mine", "kind": "given"},)}, "has given: None"),
         ({"question": "What is it?"}, "expected {vector}"),

@@ -5,7 +5,7 @@ import pytest
 
 from introspect_ray.features.exemplars import Exemplar
 from introspect_ray.features.windows import Window
-from introspect_ray.simulator.base_rate import firing_share, natural_weights
+from introspect_ray.simulator.base_rate import firing_share, natural_weights, unweighted
 from introspect_ray.simulator.calibration import (
     LinearCalibration,
     MaximumCalibration,
@@ -115,6 +115,12 @@ def test_natural_weights_restore_the_density():
     assert only_top[0] * 4 == pytest.approx(0.01)
     assert natural_weights(0.01, exemplars[4:]).tolist() == pytest.approx([1 / 12] * 3)
     assert natural_weights(0.01, exemplars[3:4]).tolist() == [0.0]
+    # Without random windows silence has nothing to stand for it: firing windows are not all text.
+    assert natural_weights(0.01, exemplars[:4]).tolist() == [0.0] * 4
+    assert (unweighted(exemplars[:4]), unweighted([])) == ("no_random_windows", "no_windows")
+    # One that fires in every random window is hardly ever silent.
+    always = [exemplar("a b", 1, 0, kind="random"), exemplar("c d", 1, 1, kind="random")]
+    assert natural_weights(0.7, always).tolist() == pytest.approx([0.25, 0.25])
 
 
 def test_first_stage_skips_what_cannot_fire_and_says_what_it_loses():

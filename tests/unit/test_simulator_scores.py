@@ -5,11 +5,11 @@ import pytest
 
 from introspect_ray.features.exemplars import Exemplar
 from introspect_ray.features.windows import Window
+from introspect_ray.simulator.base_rate import NO_RANDOM_WINDOWS, NO_WINDOWS
 from introspect_ray.simulator.scores import (
     CONSTANT,
     METRICS,
     NEVER_FIRES,
-    NO_WINDOWS,
     NOT_FINITE,
     NOTHING_PREDICTED,
     Tokens,
@@ -137,4 +137,9 @@ def test_what_is_undefined_has_a_reason_and_is_no_zero():
     constant = simulation_scores(0.01, fires, flat, fires, flat)
     assert {constant[name].reason for name in METRICS if name != "paper_compat"} == {CONSTANT}
     assert simulation_scores(0.01, [], [], [], [])["f1"].reason == NO_WINDOWS
+    levels = [np.array([0.0, 1.0])] * 4
+    for train, held_out in ((fires, fires[:1]), (fires[:1], fires)):
+        found = simulation_scores(0.01, train, levels[: len(train)], held_out, levels[: len(held_out)])
+        reasons_ = {name: score.reason for name, score in found.items() if name != "paper_compat"}
+        assert set(reasons_.values()) == {NO_RANDOM_WINDOWS}, "all weight on windows that fire would be a perfect score"
     assert reasons([never, constant])["correlation"] == {NEVER_FIRES: 1, CONSTANT: 1}

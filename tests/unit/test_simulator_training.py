@@ -10,19 +10,21 @@ from explainer_helpers import model_folder
 from safetensors.torch import load_file
 from tiny_models import tiny_tokenizer
 
-from introspect_ray.config import TrainSimulatorConfig
+from introspect_ray.config import ScoreDescriptionsConfig, TrainSimulatorConfig
+from introspect_ray.data.description_files import read_descriptions
 from introspect_ray.errors import RunFailed, UserError
-from introspect_ray.features.descriptions import Description, by_latent, description_lines
+from introspect_ray.features.descriptions import Description, by_latent, description_lines, same_words
 from introspect_ray.features.exemplars import Exemplar, LatentExemplars
 from introspect_ray.features.windows import Window, window
 from introspect_ray.simulator.base_rate import natural_weights
 from introspect_ray.simulator.examples import copied, encode_pair, level_loss, soft_levels, training_pairs
-from introspect_ray.simulator.finetuned import FinetunedSimulator
+from introspect_ray.simulator.finetuned import FinetunedSimulator, LatentSplit, own_card, write_simulator_card
 from introspect_ray.training import simulator_loop, simulator_run
 from introspect_ray.training.checkpoint import CheckpointStore
 from introspect_ray.training.metrics import read_metrics
 from introspect_ray.training.simulator_loop import SimulatorStepper, build, fit, weight_power
-from introspect_ray.training.simulator_run import is_held_out, prepare
+from introspect_ray.training.simulator_run import prepare
+from introspect_ray.training.simulator_split import is_held_out, part_of, split_of_simulator
 from introspect_ray.training.workers import Workers
 
 ALONE = Workers(0, 1)
@@ -46,7 +48,7 @@ class Store:
     url = "memory"
 
     class meta:
-        run_key, layer, coder = "key", 0, "coder"
+        run_key, layer, coder, coder_digest = "key", 0, "coder", "digest"
 
     def __init__(self, tokenizer):
         self.found = [exemplars_of(latent, tokenizer) for latent in range(len(WORDS))]
@@ -269,21 +271,68 @@ def test_not_a_number_ends_the_run(folder, monkeypatch):
         fit(run, ALONE)
 
 
-def test_held_out_descriptions_are_not_trained_on(folder):
-    held_out = [word for word in WORDS if is_held_out(f"the word {word}", 0.2)]
-    assert 0 < len(held_out) < len(WORDS)
-    config = config_of(folder).model_copy(update={"held_out_share": 0.2})
-    _, strata = build(config)
-    assert {pair.description for part in strata for pair in part} == {
-        f"the word {word}" for word in WORDS if word not in held_out
+def test_held_out_latents_are_not_trained_on_nor_are_their_texts(folder):
+    config = config_of(folder).model_copy(update={"held_out_share": 0.5, "seed": 3})
+    split = LatentSplit(held_out_share=0.5, seed=3, coder="coder", coder_digest="digest")
+    held_out = [latent for latent in range(len(WORDS)) if is_held_out(split, (0, latent))]
+    trained = [latent for latent in range(len(WORDS)) if latent not in held_out]
+    assert held_out and len(trained) > 1
+    # A held-out latent has a second candidate, and a trained one its text, in other letters.
+    more = [
+        Description(0, held_out[0], "a pet", "llm:x"),
+        Description(0, trained[0], "A  Pet", "llm:x"),
+        Description(0, trained[0], "a dog", "llm:x"),
+    ]
+    with (folder / "descriptions.jsonl").open("a") as file:
+        file.write(description_lines(more))
+    simulator, strata = build(config)
+    assert {(pair.latent[1], pair.description) for part in strata for pair in part} == {
+        *((latent, f"the word {WORDS[latent]}") for latent in trained),
+        (trained[0], "a dog"),
     }
-    assert prepare(config).num_latents == len(WORDS) - len(held_out)
-    with pytest.raises(UserError, match=r"all descriptions are held out"):
+    assert simulator.card.split == split
+    assert prepare(config).num_latents == len(trained)
+    everything = by_latent(read_descriptions(str(folder / "descriptions.jsonl")))
+    parts = {part: part_of(everything, split, part) for part in ("held_out", "trained")}
+    texts = {
+        part: {same_words(one.text) for candidates in groups.values() for one in candidates}
+        for part, groups in parts.items()
+    }
+    assert sorted(parts["held_out"]) == [(0, latent) for latent in held_out]
+    assert sorted(parts["trained"]) == [(0, latent) for latent in trained]
+    assert not texts["held_out"] & texts["trained"]
+    # The hash is of the latent alone: another seed draws others, another text the same.
+    shares = [
+        np.mean(
+            [is_held_out(split.model_copy(update={"seed": seed, "held_out_share": 0.3}), (1, n)) for n in range(900)]
+        )
+        for seed in (0, 1)
+    ]
+    assert shares == pytest.approx([0.3, 0.3], abs=0.05) and shares[0] != shares[1]
+    with pytest.raises(UserError, match=r"left to train on: all are held out$"):
         prepare(config.model_copy(update={"held_out_share": 0.999}))
     with pytest.raises(UserError, match=r"held out, or lack a label_f1 of 0.5"):
         prepare(config.model_copy(update={"label_score": "label_f1"}))
     few = build(config_of(folder).model_copy(update={"max_latents": 2}))[1]
     assert len({pair.latent for part in few for pair in part}) == 2
+
+
+def test_scores_use_the_split_that_the_simulator_was_trained_with(tmp_path):
+    def write(split):
+        card = own_card("base", tiny_tokenizer(), split)
+        write_simulator_card(tmp_path, card)
+        return card
+
+    split = LatentSplit(held_out_share=0.25, seed=4, coder="runs/sae", coder_digest="one")
+    write(split)
+    assert split_of_simulator(str(tmp_path), "elsewhere/sae", "one") == split
+    with pytest.raises(UserError, match=r"was trained on latents of runs/sae, which are not those of runs/other"):
+        split_of_simulator(str(tmp_path), "runs/other", "two")
+    write(None)
+    with pytest.raises(UserError, match=r"does not say which latents it was trained without: train it again"):
+        split_of_simulator(str(tmp_path), "runs/sae", "one")
+    with pytest.raises(ValueError, match=r"expected held_out or trained, found all"):
+        ScoreDescriptionsConfig(split_of="runs/simulator")
 
 
 def test_bad_input_is_refused_before_a_model_loads(folder):
