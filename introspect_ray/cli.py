@@ -140,7 +140,8 @@ def _style(stream: TextIO) -> dict[str, Any]:
     if stream.isatty():
         return {"file": stream, "mininterval": 0.1, "dynamic_ncols": True}
     text = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-    return {"file": _Lines(stream), "mininterval": LINES_EVERY_S, "miniters": 1, "bar_format": text}
+    # In one place: bars that are open side by side would move the cursor.
+    return {"file": _Lines(stream), "mininterval": LINES_EVERY_S, "miniters": 1, "bar_format": text, "position": 0}
 
 
 def as_yaml(config: Config) -> str:

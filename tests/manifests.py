@@ -1,7 +1,5 @@
-"""k8s/ as tests see it: rendered, checked against schemas, and searched for what no schema knows."""
+"""k8s/ as tests see it: rendered, and taken apart into clusters, pods and configs. manifest_problems.py checks them."""
 
-import gzip
-import json
 import re
 import shlex
 import shutil
@@ -10,28 +8,18 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-import jsonschema
 import yaml
-from ray.runtime_env import RuntimeEnv
-from ray.scripts.scripts import start
+from manifest_schemas import Document
 
 from introspect_ray import config as configs
 from introspect_ray import presets
 from introspect_ray.cli import parse
-from introspect_ray.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
 K8S = REPOSITORY / "k8s"
-SCHEMAS = Path(__file__).parent / "k8s" / "schemas"
-KINDS_WITHOUT_SCHEMA = ("PodMonitor",)
-SUBMISSION_MODES = ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")
-"""The definition takes any text here."""
-RAY_CONTAINERS = ("ray-head", "ray-worker")
 APP, CONFIG = "/app/", "/etc/introspect/"
 """Where the image keeps jobs/ and cluster/, and where pods see their config maps."""
-Document = dict[str, Any]
 
 
 @cache
@@ -58,83 +46,6 @@ def render(folder: Path) -> list[Document]:
     return list(yaml.safe_load_all(done.stdout))
 
 
-def problems(documents: Sequence[Document], whole: bool = True) -> list[str]:
-    """Everything that is wrong; `whole` if the documents must bring all that they name."""
-    found = [line for document in documents for line in schema_problems(document)]
-    if found:
-        return found
-    found += [
-        line for document in documents if document["kind"] == "RayJob" for line in job_problems(document, documents)
-    ]
-    for name, spec in ray_clusters(documents):
-        found += [f"{name}: {line}" for line in cluster_problems(spec)]
-    for name, pod in pods(documents):
-        found += [f"{name}: {line}" for line in pod_problems(pod)]
-    return found + (reference_problems(documents) if whole else [])
-
-
-# Schemas
-
-
-def schema_problems(document: Document) -> list[str]:
-    """What the API server would refuse, and what it would drop in silence."""
-    kind = document["kind"]
-    if kind in KINDS_WITHOUT_SCHEMA:
-        return []
-    validator = _validator(f"{document['apiVersion']}/{kind}")
-    name = f"{kind} {document['metadata'].get('name')}"
-    return [f"{name}: {error.json_path}: {error.message}" for error in validator.iter_errors(_without_nulls(document))]
-
-
-@cache
-def _validator(kind: str) -> jsonschema.Draft202012Validator:
-    if kind.startswith("ray.io/"):
-        plural = kind.rpartition("/")[2].lower() + "s"
-        with gzip.open(SCHEMAS / f"ray.io_{plural}.yaml.gz") as stream:
-            definition = yaml.load(stream, yaml.CSafeLoader)
-        version = next(one for one in definition["spec"]["versions"] if one["name"] == kind.split("/")[1])
-        schema = strict(version["schema"]["openAPIV3Schema"])
-        schema["properties"]["metadata"] = {"type": "object"}
-        return jsonschema.Draft202012Validator(schema)
-    with gzip.open(SCHEMAS / "kubernetes-1.37.json.gz") as stream:
-        found = json.load(stream)
-    assert kind in found["kinds"], f"no schema for {kind}"
-    return jsonschema.Draft202012Validator(found["kinds"][kind] | {"definitions": found["definitions"]})
-
-
-def strict(schema: Any) -> Any:
-    """A definition's schema with unknown fields refused, which the API server drops in silence.
-
-    Fields with a default need not be there, and what may be a number or a text is either.
-    """
-    if not isinstance(schema, dict):
-        return schema
-    schema = dict(schema)
-    properties = schema.get("properties")
-    if isinstance(properties, dict):
-        schema["properties"] = {name: strict(value) for name, value in properties.items()}
-        required = schema.pop("required", [])
-        schema["required"] = [name for name in required if "default" not in properties.get(name, {})]
-        if not schema.get("x-kubernetes-preserve-unknown-fields"):
-            schema.setdefault("additionalProperties", False)
-    for inner in ("additionalProperties", "items"):
-        if inner in schema:
-            schema[inner] = strict(schema[inner])
-    if schema.get("x-kubernetes-int-or-string"):
-        schema.pop("type", None)
-        schema.setdefault("anyOf", [{"type": "integer"}, {"type": "string"}])
-    return schema
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
-
-
-# What the documents are made of
-
-
 def ray_clusters(documents: Sequence[Document]) -> Iterator[tuple[str, Document]]:
     """Name and spec of every Ray cluster that would come into being."""
     for document in documents:
@@ -142,6 +53,8 @@ def ray_clusters(documents: Sequence[Document]) -> Iterator[tuple[str, Document]
             yield f"RayCluster {document['metadata']['name']}", document["spec"]
         elif document["kind"] == "RayJob":
             yield f"RayJob {document['metadata']['name']}", document["spec"]["rayClusterSpec"]
+        elif document["kind"] == "RayService":
+            yield f"RayService {document['metadata']['name']}", document["spec"]["rayClusterConfig"]
 
 
 def groups(cluster: Document) -> list[Document]:
@@ -156,86 +69,24 @@ def pods(documents: Sequence[Document]) -> Iterator[tuple[str, Document]]:
     for document in documents:
         if document["kind"] == "RayJob":
             yield f"RayJob {document['metadata']['name']} submitter", document["spec"]["submitterPodTemplate"]
+        elif document["kind"] == "StatefulSet":
+            yield f"StatefulSet {document['metadata']['name']}", document["spec"]["template"]
 
 
 def of_kind(documents: Sequence[Document], kind: str) -> dict[str, Document]:
     return {document["metadata"]["name"]: document for document in documents if document["kind"] == kind}
 
 
+def amount(quantity: str) -> float:
+    """A quantity of Kubernetes as a number: "200m" is 0.2."""
+    number, unit = re.fullmatch(r"([\d.]+)(m|[KMGT]i)?", quantity).groups()
+    return float(number) * {None: 1, "m": 1e-3, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}[unit]
+
+
 def made_secrets() -> dict[str, str]:
     """Secrets that k8s/secrets.sh makes, with what it makes them of."""
     text = (K8S / "secrets.sh").read_text().replace("\\\n", " ")
     return dict(re.findall(r"create secret generic (\S+)\s+(.*)", text))
-
-
-# Checks that no schema makes
-
-
-def cluster_problems(cluster: Document) -> list[str]:
-    found = []
-    if cluster.get("authOptions", {}).get("mode") != "token":
-        found.append("authOptions.mode is not token: whoever reaches the dashboard runs code")
-    secret = cluster.get("authOptions", {}).get("secretName")
-    if "auth_token=" not in made_secrets().get(secret, ""):
-        found.append(f"secret {secret} with the key auth_token is not made by k8s/secrets.sh")
-    if cluster["headGroupSpec"]["rayStartParams"].get("num-cpus") != "0":
-        found.append("the head has processors for actors")
-    known = {option.lstrip("-") for parameter in start.params for option in parameter.opts}
-    for group in groups(cluster):
-        found += [f"ray start has no --{name}" for name in group["rayStartParams"] if name not in known]
-        if group.get("minReplicas", 0) > group.get("replicas", 0) or group.get("replicas", 0) > group.get(
-            "maxReplicas", 0
-        ):
-            found.append(f"group {group['groupName']}: replicas are not between minReplicas and maxReplicas")
-    if any(group["minReplicas"] < group["maxReplicas"] for group in cluster["workerGroupSpecs"]):
-        options = cluster.get("autoscalerOptions", {})
-        if not cluster.get("enableInTreeAutoscaling") or options.get("version") != "v2":
-            found.append("groups may grow, but autoscaler v2 is not on")
-    return found
-
-
-def pod_problems(pod: Document) -> list[str]:
-    found, spec = [], pod["spec"]
-    security = spec.get("securityContext", {})
-    if not security.get("runAsNonRoot") or security.get("seccompProfile", {}).get("type") != "RuntimeDefault":
-        found.append("the pod may run as root, or without a seccomp profile")
-    if "app.kubernetes.io/component" not in pod["metadata"]["labels"]:
-        found.append("no label that network policies know the pod by")
-    for container in spec["containers"]:
-        own = container.get("securityContext", {})
-        if own.get("allowPrivilegeEscalation") is not False or own.get("capabilities") != {"drop": ["ALL"]}:
-            found.append(f"container {container['name']} may gain privileges")
-        resources = container.get("resources", {})
-        for kind in ("requests", "limits"):
-            if not {"cpu", "memory"} <= resources.get(kind, {}).keys():
-                found.append(f"container {container['name']} has no {kind} for cpu and memory")
-        if container["name"] in RAY_CONTAINERS:
-            probes = [container.get(f"{name}Probe") for name in ("startup", "liveness", "readiness")]
-            if not all(probe and probe.get("httpGet", {}).get("path") == "/api/healthz" for probe in probes):
-                found.append(f"container {container['name']} lacks a probe of /api/healthz")
-        for entry in container.get("env", []):
-            if re.search("TOKEN|SECRET|KEY|PASSWORD", entry["name"]) and "value" in entry:
-                found.append(f"container {container['name']} holds {entry['name']} itself")
-    return found
-
-
-def job_problems(job: Document, documents: Sequence[Document]) -> list[str]:
-    """A RayJob's texts: submission mode, runtime environment, and the entry point with its config."""
-    name, spec = f"RayJob {job['metadata']['name']}", job["spec"]
-    found = []
-    if spec.get("submissionMode") not in SUBMISSION_MODES:
-        found.append(f"{name}: submissionMode is {spec.get('submissionMode')}")
-    environment = yaml.safe_load(spec.get("runtimeEnvYAML", "{}"))
-    found += [f"{name}: runtimeEnvYAML has {key}" for key in environment if key not in RuntimeEnv.known_fields]
-    try:
-        RuntimeEnv(**{key: value for key, value in environment.items() if key in RuntimeEnv.known_fields})
-    except (TypeError, ValueError) as error:
-        found.append(f"{name}: runtimeEnvYAML: {error}")
-    try:
-        entry_config(job, documents)
-    except (UserError, OSError, AssertionError, KeyError) as error:
-        found.append(f"{name}: entrypoint {spec['entrypoint']!r}: {error}")
-    return found
 
 
 def job_class(script: Path) -> type[configs.Config]:
@@ -262,55 +113,3 @@ def mounted_files(job: Document, documents: Sequence[Document]) -> dict[str, str
     mount = next(one["name"] for one in head["containers"][0]["volumeMounts"] if f"{one['mountPath']}/" == CONFIG)
     volume = next(one for one in head["volumes"] if one["name"] == mount)
     return of_kind(documents, "ConfigMap")[volume["configMap"]["name"]]["data"]
-
-
-def reference_problems(documents: Sequence[Document]) -> list[str]:
-    """Names that nothing answers to."""
-    found = []
-    kinds = {
-        kind: of_kind(documents, kind)
-        for kind in ("ConfigMap", "PersistentVolumeClaim", "ServiceAccount", "PriorityClass")
-    }
-    labels = [pod["metadata"]["labels"] for _, pod in pods(documents)]
-
-    def want(name: str, kind: str, wanted: str | None) -> None:
-        if wanted is not None and wanted not in kinds[kind]:
-            found.append(f"{name}: {kind} {wanted} is not there")
-
-    for name, pod in pods(documents):
-        spec = pod["spec"]
-        want(name, "ServiceAccount", spec.get("serviceAccountName"))
-        want(name, "PriorityClass", spec.get("priorityClassName"))
-        volumes = {volume["name"]: volume for volume in spec.get("volumes", [])}
-        for volume in volumes.values():
-            want(name, "ConfigMap", volume.get("configMap", {}).get("name"))
-            want(name, "PersistentVolumeClaim", volume.get("persistentVolumeClaim", {}).get("claimName"))
-        for container in spec["containers"]:
-            mounts = {mount["name"] for mount in container.get("volumeMounts", [])}
-            found += [f"{name}: volume {mount} is not there" for mount in mounts - volumes.keys()]
-            sources = [entry.get("secretRef") for entry in container.get("envFrom", [])]
-            sources += [entry.get("valueFrom", {}).get("secretKeyRef") for entry in container.get("env", [])]
-            for source in filter(None, sources):
-                if source["name"] not in made_secrets():
-                    found.append(f"{name}: secret {source['name']} is not made by k8s/secrets.sh")
-    for name, document in of_kind(documents, "NetworkPolicy").items():
-        selector = document["spec"]["podSelector"].get("matchLabels", {})
-        if not any(selector.items() <= one.items() for one in labels):
-            found.append(f"NetworkPolicy {name} selects no pod")
-    return found + budget_problems(documents)
-
-
-def budget_problems(documents: Sequence[Document]) -> list[str]:
-    """Kubernetes knows no wanted number of pods that an operator owns, so budgets must say it: all they select."""
-    found = []
-    for name, budget in of_kind(documents, "PodDisruptionBudget").items():
-        selector = budget["spec"]["selector"]["matchLabels"]
-        selected = sum(
-            group.get("replicas", 1)
-            for _, cluster in ray_clusters(documents)
-            for group in groups(cluster)
-            if selector.items() <= group["template"]["metadata"]["labels"].items()
-        )
-        if budget["spec"].get("minAvailable") != selected or not selected:
-            found.append(f"PodDisruptionBudget {name} keeps {budget['spec'].get('minAvailable')} of {selected} pods")
-    return found

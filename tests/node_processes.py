@@ -15,6 +15,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,18 @@ START_LIMIT_S = 240
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+    """One that nobody else takes meanwhile: above the ports of Ray's workers, below those that the system hands out."""
+    while True:
+        port = secrets.choice(range(20000, 32000))
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 class NodeProcesses:
     """A head without processors, and workers with one each."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, of_head: Sequence[str] = (), **variables: str):
+        """Start the head, with more options if asked. `variables`: of every node, as pods get them from Secrets."""
         self.folder = folder
         # Short, because sockets lie in it. Each node has a folder of its own there, as machines have: nodes that shared
         # one would take away each other's copies of the working directory.
@@ -44,7 +49,8 @@ class NodeProcesses:
         self.dashboard, gcs = free_port(), free_port()
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.agents: dict[str, int] = {}
-        """Port of each node's agent, which answers probes."""
+        """Port of each living node's agent, which answers probes."""
+        self._started = 0
         plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         self.without_token = plain | {
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), plain["PATH"]]),
@@ -54,25 +60,47 @@ class NodeProcesses:
             "RAY_USAGE_STATS_ENABLED": "0",
             # A killed node is missed after seconds, not after a quarter of a minute.
             "RAY_health_check_period_ms": "1000",
+            **variables,
         }
         self.environment = self.without_token | {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(folder / "auth_token"),
         }
-        options = [f"--port={gcs}", f"--dashboard-port={self.dashboard}", f"--ray-client-server-port={free_port()}"]
+        self._of_head = [
+            f"--port={gcs}",
+            f"--dashboard-port={self.dashboard}",
+            f"--ray-client-server-port={free_port()}",
+            *of_head,
+        ]
         try:
-            self._start("head", "head", *options)
-            self.address = re.findall(r"ray start --address='(\S+)'", (folder / "head.log").read_text())[0]
+            self.start_head()
+            self.address = re.findall(r"ray start --address='(\S+)'", self._log("head").read_text())[0]
         except BaseException:
             self.stop()
             raise
 
-    def add_worker(self, name: str) -> None:
-        self._start(name, "worker", self.address, "--num-cpus=1")
+    def start_head(self) -> None:
+        """For the first time, or again under its old address."""
+        self._start("head", "head", *self._of_head)
+        self._wait_until_joined("head")
+
+    def add_workers(self, count: int) -> None:
+        """Start them side by side, and wait until all have joined."""
+        names = [f"worker-{self._started + index}" for index in range(count)]
+        for name in names:
+            self._start(name, "worker", self.address, "--num-cpus=1")
+        for name in names:
+            self._wait_until_joined(name)
+
+    def lose_a_worker(self) -> None:
+        """A worker is gone from one moment to the next; another one joins."""
+        self.kill(next(name for name in self.processes if name != "head"))
+        self.add_workers(1)
 
     def _start(self, name: str, *words: str) -> None:
+        self._started += 1
         self.agents[name] = free_port()
-        log = self.folder / f"{name}.log"
+        log = self._log(name)
         options = [f"--dashboard-agent-listen-port={self.agents[name]}", f"--metrics-export-port={free_port()}"]
         options += [f"--temp-dir={self.temporary / name}", "--object-store-memory=100000000", "--block"]
         with log.open("wb") as stream:
@@ -82,14 +110,27 @@ class NodeProcesses:
                 stdout=stream,
                 stderr=subprocess.STDOUT,
             )
-        deadline = time.monotonic() + START_LIMIT_S
+
+    def _log(self, name: str) -> Path:
+        return self.folder / f"{name}.log"
+
+    def _wait_until_joined(self, name: str) -> None:
+        log, deadline = self._log(name), time.monotonic() + START_LIMIT_S
         while "Ray runtime started" not in log.read_text():
             assert self.processes[name].poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
 
+    def take_away(self, name: str) -> None:
+        """End a node as Kubernetes ends a pod that may take its time; returns when it is gone."""
+        self.agents.pop(name)
+        process = self.processes.pop(name)
+        process.terminate()
+        process.wait()
+
     def kill(self, name: str) -> None:
         """End a node as a machine ends: all of it at once, and without a word."""
         process = self.processes.pop(name)
+        self.agents.pop(name)
         with suppress(psutil.NoSuchProcess):
             tree = psutil.Process(process.pid)
             for part in [*tree.children(recursive=True), tree]:
@@ -102,13 +143,17 @@ class NodeProcesses:
             self.kill(name)
         shutil.rmtree(self.temporary, ignore_errors=True)
 
-    def ask(self, path: str, token: bool = True, method: str = "GET") -> Any:
-        """What the dashboard answers; the HTTP status where it refuses."""
+    def ask(self, path: str, token: bool = True, method: str = "GET", content: Any = None) -> Any:
+        """What the dashboard answers, if anything; the HTTP status where it refuses."""
         headers = {"Authorization": f"Bearer {self.token}"} if token else {}
         request = urllib.request.Request(f"http://127.0.0.1:{self.dashboard}{path}", headers=headers, method=method)
+        if content is not None:
+            request.data = json.dumps(content).encode()
+            request.add_header("Content-Type", "application/json")
         try:
-            with urllib.request.urlopen(request, timeout=30) as response:
-                return json.loads(response.read())
+            with urllib.request.urlopen(request, timeout=60) as response:
+                answer = response.read()
+                return json.loads(answer) if answer else None
         except urllib.error.HTTPError as error:
             return error.code
 
@@ -153,5 +198,5 @@ class NodeProcesses:
         deadline = time.monotonic() + limit_s
         while self.status(name) in ("PENDING", "RUNNING"):
             assert time.monotonic() < deadline, self.logs(name)
-            time.sleep(0.5)
+            time.sleep(2)
         return self.ask(f"/api/jobs/{name}") | {"logs": self.logs(name)}

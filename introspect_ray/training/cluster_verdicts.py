@@ -60,7 +60,7 @@ def needs(config: CheckConfig) -> dict[CheckedJob, Need]:
     actors, trainer = config.actors, config.trainer
     found: dict[CheckedJob, Need] = {}
     for job in get_args(CheckedJob):
-        if job in ("generate_dataset", "evaluate_explainer"):
+        if job in ("generate_dataset", "evaluate_explainer", "rewrite_transformer"):
             found[job] = Need(actors.min_size, actors.num_cpus, actors.num_gpus)
         elif job == "train_explainer":
             least = trainer.num_workers if trainer.min_workers is None else trainer.min_workers

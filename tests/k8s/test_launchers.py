@@ -140,3 +140,30 @@ def test_start_script_makes_one_token_for_its_owner_alone(fake_ray, tmp_path):
     assert worker.stdout.splitlines()[-1] == "token: start --address=10.0.0.1:6379 --num-gpus=8"
     nobody = fake_ray("worker", "nowhere:1")
     assert nobody.returncode == 2 and "no Ray head that takes this token answers at nowhere:1" in nobody.stderr
+
+
+def test_secrets_are_made_once_and_of_what_the_environment_says(tmp_path):
+    """With a `kubectl` that keeps secrets as files: their names, and what they would be made of."""
+    (tmp_path / "bin").mkdir()
+    command = tmp_path / "bin" / "kubectl"
+    command.write_text(
+        '#!/bin/bash\n[ "$1 $2" = "--namespace introspect" ] || exit 3\nshift 2\n'
+        f'case "$1 $2" in\n"get secret") [ -f "{tmp_path}/$3" ] ;;\n'
+        f'"create secret") printf "%s\\n" "${{@:5}}" > "{tmp_path}/$4" ;;\n*) exit 3 ;;\nesac\n'
+    )
+    command.chmod(0o755)
+
+    def run(**environment):
+        path = f"{command.parent}:/usr/bin:/bin"
+        script = REPOSITORY / "k8s" / "secrets.sh"
+        done = subprocess.run([script], env={"PATH": path} | environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, {file.name: file.read_text() for file in tmp_path.iterdir() if file.is_file()}
+
+    _, made = run()
+    assert set(made) == {"introspect-ray-token", "introspect-serving-token", "introspect-redis"}
+    tokens = {re.fullmatch(r"--from-literal=\w+=([0-9a-f]{64})\n", text)[1] for text in made.values()}
+    assert len(tokens) == 3, "whoever has one has not the others"
+    said, again = run(HF_TOKEN="hf_x", RAY_AUTH_TOKEN="other")
+    assert "secret/introspect-ray-token is there already" in said
+    assert again == made | {"introspect-credentials": "--from-literal=HF_TOKEN=hf_x\n"}

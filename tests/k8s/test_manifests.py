@@ -3,17 +3,21 @@
 import copy
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import manifests
 import pytest
 import yaml
-from manifests import K8S, REPOSITORY, pods, problems, ray_clusters, render
+from manifest_problems import problems
+from manifests import K8S, REPOSITORY, pods, ray_clusters, render
+from ray._private import ray_constants
 from ray.scripts.scripts import cli
 
 import introspect_ray.presets
 from introspect_ray.config import TrainConfig
 
+DRAIN_VARIABLE = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 OVERLAYS = sorted(path.parent.name for path in K8S.glob("overlays/*/kustomization.yaml"))
 
 pytestmark = pytest.mark.skipif(manifests.kustomize() is None, reason="no kubectl with kustomize 4 or newer on PATH")
@@ -25,7 +29,7 @@ def rendered():
 
 
 def test_there_is_an_overlay_for_each_use():
-    assert {"try-out", "generate-gpu", "train-70b", "train-70b-kueue"} <= set(OVERLAYS)
+    assert {"try-out", "generate-gpu", "rewrite-gpu", "train-70b", "train-70b-kueue", "serving"} <= set(OVERLAYS)
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
@@ -46,16 +50,24 @@ def test_base_brings_no_workload():
 
 def test_no_secret_is_in_any_file(rendered):
     assert all(document["kind"] != "Secret" for documents in rendered.values() for document in documents)
-    assert set(manifests.made_secrets()) == {"introspect-ray-token", "introspect-credentials"}
+    assert set(manifests.made_secrets()) == {
+        "introspect-ray-token",
+        "introspect-serving-token",
+        "introspect-redis",
+        "introspect-credentials",
+    }
 
 
 def test_clusters_shrink_to_no_workers_where_they_are_autoscaled(rendered):
     shared = dict(ray_clusters(rendered["try-out"]))["RayCluster introspect"]
     generation = dict(ray_clusters(rendered["generate-gpu"]))["RayJob generate-dataset"]
-    for cluster in (shared, generation):
+    rewriting = dict(ray_clusters(rendered["rewrite-gpu"]))["RayJob rewrite"]
+    for cluster in (shared, generation, rewriting):
         assert all(group["minReplicas"] == group["replicas"] == 0 for group in cluster["workerGroupSpecs"])
         assert cluster["autoscalerOptions"]["idleTimeoutSeconds"] > 0
-    assert [group["labels"]["ray.io/market-type"] for group in generation["workerGroupSpecs"]] == ["on-demand", "spot"]
+    for cluster in (generation, rewriting):
+        labels = [group["labels"]["ray.io/market-type"] for group in cluster["workerGroupSpecs"]]
+        assert labels == ["on-demand", "spot"]
 
 
 def test_training_has_all_its_gpus_or_none(rendered):
@@ -77,30 +89,74 @@ def test_training_has_all_its_gpus_or_none(rendered):
     )
 
 
-def test_generation_fits_its_nodes(rendered):
-    documents = rendered["generate-gpu"]
-    job = manifests.of_kind(documents, "RayJob")["generate-dataset"]
+@pytest.mark.parametrize(
+    ("overlay", "name", "pools"),
+    [
+        ("generate-gpu", "generate-dataset", ["actors"]),
+        ("rewrite-gpu", "rewrite", ["simulator_actors", "target_actors"]),
+    ],
+)
+def test_actors_fit_their_nodes(rendered, overlay, name, pools):
+    """One actor per node, and a place for each of the largest pool."""
+    documents = rendered[overlay]
+    job = manifests.of_kind(documents, "RayJob")[name]
     config = manifests.entry_config(job, documents)
     groups = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
-    assert config.actors.max_size == sum(group["maxReplicas"] for group in groups)
+    actors = [getattr(config, pool) for pool in pools]
+    assert max(one.max_size for one in actors) == sum(group["maxReplicas"] for group in groups)
     for group in groups:
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-        assert config.actors.num_gpus == int(limits["nvidia.com/gpu"])
-        assert config.actors.num_cpus <= int(limits["cpu"])
+        for one in actors:
+            assert one.num_gpus == int(limits["nvidia.com/gpu"])
+            assert one.num_cpus <= int(limits["cpu"])
+
+
+def test_the_queue_of_the_example_admits_the_training(rendered):
+    """All pods that Kueue counts, with each of their resources, fit into its quota; names lead from job to quota."""
+    queue = render(K8S / "kueue")
+    assert problems(queue, whole=False) == []
+    job = manifests.of_kind(rendered["train-70b-kueue"], "RayJob")["train-70b"]
+    labels = job["metadata"]["labels"]
+    local = manifests.of_kind(queue, "LocalQueue")[labels["kueue.x-k8s.io/queue-name"]]
+    assert local["metadata"]["namespace"] == job["metadata"]["namespace"]
+    assert labels["kueue.x-k8s.io/priority-class"] in manifests.of_kind(queue, "WorkloadPriorityClass")
+    spec = manifests.of_kind(queue, "ClusterQueue")[local["spec"]["clusterQueue"]]["spec"]
+    assert spec["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": job["metadata"]["namespace"]}
+    (group,) = spec["resourceGroups"]
+    (flavor,) = group["flavors"]
+    assert flavor["name"] in manifests.of_kind(queue, "ResourceFlavor")
+    quota = {resource["name"]: manifests.amount(resource["nominalQuota"]) for resource in flavor["resources"]}
+    assert set(quota) == set(group["coveredResources"])
+    asked = Counter()
+    for name, pod in pods([job]):
+        groups = {
+            f"RayJob train-70b {one['groupName']}": one for one in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+        }
+        copies = groups.get(name, {}).get("replicas", 1)
+        for container in pod["spec"]["containers"]:
+            for resource, wanted in container["resources"]["requests"].items():
+                asked[resource] += copies * manifests.amount(wanted)
+    assert set(asked) == set(quota) and all(asked[name] <= quota[name] for name in asked), (asked, quota)
 
 
 def test_hooks_are_commands_that_ray_has(rendered):
-    hooks = [
-        container["lifecycle"]["preStop"]["exec"]["command"]
+    """And what they leave running has as long as they say, whichever way SIGTERM takes to Ray."""
+    going = [
+        (pod["spec"], container)
         for documents in rendered.values()
         for _, pod in pods(documents)
         for container in pod["spec"]["containers"]
         if "lifecycle" in container
     ]
-    assert hooks
-    for ray, command, *arguments in hooks:
+    assert going
+    assert hasattr(ray_constants, DRAIN_VARIABLE)
+    for spec, container in going:
+        ray, command, *arguments = container["lifecycle"]["preStop"]["exec"]["command"]
         assert ray == "ray"
-        cli.commands[command].make_context(command, arguments)
+        found = cli.commands[command].make_context(command, arguments).params
+        environment = {entry["name"]: entry.get("value") for entry in container["env"]}
+        assert environment[DRAIN_VARIABLE] == str(found["deadline_remaining_seconds"])
+        assert found["deadline_remaining_seconds"] < spec["terminationGracePeriodSeconds"]
 
 
 PLANTED = {
@@ -188,6 +244,82 @@ def test_planted_mistakes_are_found(rendered, name):
     assert any(expected in line for line in problems(documents)), problems(documents)
 
 
+def _serve(service, old, new):
+    text = service["spec"]["serveConfigV2"]
+    assert old in text
+    service["spec"]["serveConfigV2"] = text.replace(old, new)
+
+
+def _workers(service):
+    return service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]
+
+
+PLANTED_IN_SERVING = {
+    "a key that Serve would drop": (
+        lambda service: _serve(service, "route_prefix:", "route_prefx:"),
+        "applications.route_prefx is not known to Serve",
+    ),
+    "a key that the service lacks": (
+        lambda service: _serve(service, "explainer_replicas:", "explainer_replica:"),
+        "explainer_replica: Extra inputs are not permitted",
+    ),
+    "an application that is not there": (
+        lambda service: _serve(service, ":build", ":builds"),
+        ":builds is not there",
+    ),
+    "more GPUs than nodes have": (
+        lambda service: _serve(service, "num_gpus: 0.5", "num_gpus: 1"),
+        "min_replicas of all deployments want 6 nvidia.com/gpu, 3 nodes have less",
+    ),
+    "a deployment that is not there": (
+        lambda service: _serve(service, "{name: Explainer,", "{name: Explainers,"),
+        "there is no deployment Explainers",
+    ),
+    "an update that waits for itself": (
+        lambda service: _serve(service, "surge_percent: 0", "surge_percent: 50"),
+        "an update of Gateway waits for nodes that are taken",
+    ),
+    "a single replica": (
+        lambda service: _serve(service, "min_replicas: 2", "min_replicas: 1"),
+        "may have a single replica",
+    ),
+    "a port that pods are not asked at": (
+        lambda service: _serve(service, "port: 8000", "port: 8001"),
+        "pods are asked at 0.0.0.0:8000",
+    ),
+    "a head without the port of the Service": (
+        lambda service: service["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"][0][
+            "ports"
+        ].pop(2),
+        "group head has no port serve",
+    ),
+    "an upgrade with a gap": (
+        lambda service: service["spec"]["upgradeStrategy"].update(type="None"),
+        "upgradeStrategy.type is not NewCluster",
+    ),
+    "requests for pods that are not ready for them": (
+        lambda service: _workers(service)["template"]["spec"]["containers"][0]["readinessProbe"]["httpGet"].update(
+            path="/api/healthz", port=52365
+        ),
+        "lacks a readiness probe of /-/healthz",
+    ),
+    "a key that the secret lacks": (
+        lambda service: _workers(service)["template"]["spec"]["containers"][0]["env"][-1]["valueFrom"][
+            "secretKeyRef"
+        ].update(key="auth_token"),
+        "secret introspect-serving-token has no key auth_token",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED_IN_SERVING)
+def test_planted_mistakes_in_serving_are_found(rendered, name):
+    plant, expected = PLANTED_IN_SERVING[name]
+    documents = copy.deepcopy(rendered["serving"])
+    plant(manifests.of_kind(documents, "RayService")["serving"])
+    assert any(expected in line for line in problems(documents)), problems(documents)
+
+
 def test_planted_mistakes_in_core_kinds_are_found(rendered):
     documents = copy.deepcopy(rendered["train-70b"])
     policy = manifests.of_kind(documents, "NetworkPolicy")["dashboard-in"]
@@ -195,8 +327,15 @@ def test_planted_mistakes_in_core_kinds_are_found(rendered):
     budget = manifests.of_kind(documents, "PodDisruptionBudget")["train-70b"]
     budget["spec"]["selector"]["matchLabels"]["introspect-ray/workload"] = "train-7b"
     assert any("'ingres' was unexpected" in line for line in problems(documents))
+    queue = render(K8S / "kueue")
+    manifests.of_kind(queue, "ClusterQueue")["introspect"]["spec"]["resourceGroups"][0]["flavor"] = []
+    assert any("'flavor' was unexpected" in line for line in problems(queue, whole=False))
     policy["spec"].pop("ingres")
     assert "PodDisruptionBudget train-70b keeps 2 of 0 pods" in problems(documents)
+
+
+def _opens_8000(rule):
+    return any(port["port"] == 8000 for port in rule.get("ports", [{"port": 8000}]))
 
 
 def test_who_reaches_the_dashboard(rendered):
@@ -210,6 +349,9 @@ def test_who_reaches_the_dashboard(rendered):
         if any(port["port"] == 8265 for port in rule.get("ports", [{"port": 8265}]))
     ]
     assert open_to == ["dashboard-in", "inside-ray"]
+    serving = manifests.of_kind(rendered["serving"], "NetworkPolicy")
+    asked = [name for name in serving if any(map(_opens_8000, serving[name]["spec"].get("ingress", [])))]
+    assert asked == ["inside-ray", "requests-in"], "tokens travel in plain HTTP: only through a gateway with TLS"
     (inside,) = policies["inside-ray"]["spec"]["ingress"]
     assert inside["from"] == [{"podSelector": policies["inside-ray"]["spec"]["podSelector"]}]
     assert all("from" in rule for policy in policies.values() for rule in policy["spec"].get("ingress", []))
@@ -233,7 +375,7 @@ def test_monitoring_looks_at_ports_and_metrics_that_exist(rendered):
     used = {
         metric
         for panel in board["panels"]
-        for target in panel["targets"]
+        for target in panel.get("targets", [])
         for metric in re.findall(r"\bray_[a-z_0-9]+(?={)", target["expr"])
     }
     import ray.dashboard
@@ -242,7 +384,7 @@ def test_monitoring_looks_at_ports_and_metrics_that_exist(rendered):
     sources = "\n".join(
         path.read_text() for folder in ("metrics", "reporter") for path in sorted((modules / folder).rglob("*.py"))
     )
-    assert len(used) > 10
+    assert len(used) > 20 and any(metric.startswith("ray_serve_") for metric in used)
     unknown = [metric for metric in used if metric not in sources and f'"{metric.removeprefix("ray_")}"' not in sources]
     assert unknown == []
 
@@ -258,6 +400,7 @@ def test_versions_agree_everywhere(rendered):
         for documents in rendered.values()
         for _, pod in pods(documents)
         for container in pod["spec"]["containers"]
+        if container["name"] != "redis"
     }
     assert images == {f"introspect-ray:{tag}"}
     assert {spec["rayVersion"] for documents in rendered.values() for _, spec in ray_clusters(documents)} == {

@@ -215,6 +215,17 @@ def test_progress_without_a_terminal_is_lines(capsys, monkeypatch):
     assert not any("\r" in line or line != line.strip() for line in lines)
 
 
+def test_bars_side_by_side_without_a_terminal_are_lines_too(capsys, monkeypatch):
+    monkeypatch.setattr("introspect_ray.cli.LINES_EVERY_S", 0.0)
+    with progress_bar("outer", "step") as outer, progress_bar("inner", "step") as inner:
+        for done in (0, 1, 2):
+            outer(done, 2, "")
+            inner(done, 2, "")
+    said = capsys.readouterr().err
+    assert "\x1b" not in said
+    assert all(line.startswith(("outer: ", "inner: ")) for line in said.splitlines())
+
+
 @pytest.mark.parametrize("output", ["s3://bucket/facts", "/shared/facts", "~/facts"])
 def test_a_submitted_job_writes_where_it_stays(output, monkeypatch):
     monkeypatch.setenv(SUBMITTED_VARIABLE, "{}")
