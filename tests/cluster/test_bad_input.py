@@ -291,7 +291,7 @@ NAMES = (
     *("coder without an id", "layer of a coder", "more latents than tokens", "vectors of no text"),
     *("width of a coder to collect with", "shards of broken batches", "page of no exemplars"),
     *("descriptions without a field", "key of an endpoint", "cost cap without a price"),
-    "exemplars that are not there",
+    *("exemplars that are not there", "service for others without a token", "served explainer of another target"),
 )
 AS_A_USER = ("unknown task", "truncated shard")
 
