@@ -31,7 +31,7 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(TWICE) tests/unit
-	$(BIN)/python -m pytest $(TWICE) -m "not slow and not alone" tests/k8s tests/browser tests/cluster tests/gpu
+	$(BIN)/python -m pytest $(TWICE) -m "not slow and not alone" --durations=12 tests/k8s tests/browser tests/cluster tests/gpu
 	$(BIN)/python -m pytest -m alone tests/cluster/test_autoscaling.py
 	$(BIN)/python -m pytest -m alone tests/cluster/test_training.py
 
