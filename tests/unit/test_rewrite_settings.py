@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from pydantic import ValidationError
@@ -107,6 +109,29 @@ def test_the_exact_reader_says_where_a_description_holds():
         assert nothing.max() == 0
     with pytest.raises(KeyError, match="no plain text"):
         reader.simulate(["x"], [window(ids[::-1], tokenizer)])
+
+
+def test_the_exact_reader_says_nothing_that_only_the_following_text_tells():
+    """Texts that begin alike are read alike as far as they do, by all rules, and a beginning as in the whole."""
+    tokenizer = load_tokenizer(ModelConfig())
+    reader = ExactReader(tokenizer)
+    texts = sorted({tuple(encode_with_offsets(tokenizer, row["text"])[0][1:]) for row in rows("text")[:1500]})
+    heard = [reader.said(window(ids, tokenizer)) for ids in texts]
+    shared = 0
+    for (one, first), (other, second) in pairwise(zip(texts, heard, strict=True)):
+        same = next(
+            (at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+        )
+        assert first[:same] == second[:same]
+        shared += same
+    assert shared > 5000
+    for ids, whole in zip(texts[::100], heard[::100], strict=True):
+        for end in range(5, len(ids)):
+            assert reader.said(window(ids[:end], tokenizer)) == whole[:end]
+    every = {text for of_text in heard for of_token in of_text for text in of_token}
+    assert not any(text.startswith("words before") or text == "correct options" for text in every)
+    assert {"cities", "texts about cities", "statements", "words after or", "the second option"} <= every
+    assert all("statements" not in of_text[0] and "texts about cities" not in of_text[0] for of_text in heard)
 
 
 def test_lines_of_a_plot_share_their_axes():
