@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -118,8 +119,9 @@ class InContext:
     """A threshold that depends on the token's context.
 
     A latent fires where a logistic model, one for all latents, says so from the level, the level before, how far the
-    level is below the window's highest, how much all chosen latents together are said to fire at this token, and how
-    rare the latent is.
+    level is below the window's highest so far, how much all the line's latents together are said to fire at this
+    token, and how rare the latent is. The line's latents are those up to its `max_fraction`, whatever the fraction that
+    is replaced: one model serves all fractions.
     """
 
     weights: Float[np.ndarray, " features"]
@@ -172,7 +174,10 @@ def _features(
 ) -> Float[np.ndarray, "N S features"]:
     before = np.vstack([np.zeros((1, levels.shape[1])), levels[:-1]])
     before[starts] = 0
-    highest = np.maximum.reduceat(levels, np.flatnonzero(starts), axis=0)[np.cumsum(starts) - 1]
+    highest = levels.copy()
+    bounds = [0, *np.flatnonzero(starts), len(levels)]
+    for begin, end in pairwise(bounds):
+        np.maximum.accumulate(levels[begin:end], axis=0, out=highest[begin:end])
     crowd = np.log1p((levels / MAX_LEVEL).sum(1, keepdims=True))
     columns = [
         np.ones_like(levels),
