@@ -11,6 +11,7 @@ from unit.rewrite_helpers import texts, transcoder
 from unit.test_rewrite_measure import line, plan_of, target
 
 from introspect_ray.config import P2_FRACTIONS, ModelConfig, RewriteConfig, RewriteLineConfig
+from introspect_ray.data.identity import identify_target
 from introspect_ray.evaluation.charts import lines_plot
 from introspect_ray.features.windows import window
 from introspect_ray.models.loading import load_tokenizer
@@ -22,6 +23,7 @@ from introspect_ray.rewrite.measure import TRUE, measure
 from introspect_ray.rewrite.page import line_phrase
 from introspect_ray.rewrite.settings import effective
 from introspect_ray.rewrite.site import Batch, Site
+from introspect_ray.training.rewriting import run_key
 
 
 def test_defaults_stay_as_they_are():
@@ -46,6 +48,14 @@ def test_a_given_simulator_takes_the_place_of_the_first():
     first, second = config.simulators
     assert (first.name, first.kind, first.given.model.path) == ("finetuned", "given", "runs/simulator")
     assert second.kind == "exact"
+
+
+def test_a_target_in_another_precision_is_another_run():
+    identity = identify_target(ModelConfig())
+    given = [{}, {"dtype": "bfloat16"}, {"quantization": "nf4"}]
+    configs = [RewriteConfig(target=ModelConfig(**changes)) for changes in given]
+    assert len({run_key(config, identity, []) for config in configs}) == 3
+    assert run_key(configs[0], identity, []) == run_key(RewriteConfig(seed=1), identity, [])
 
 
 def test_p2s_protocol():
