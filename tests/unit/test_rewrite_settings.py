@@ -12,6 +12,7 @@ from unit.test_rewrite_measure import line, plan_of, target
 
 from introspect_ray.config import P2_FRACTIONS, ModelConfig, RewriteConfig, RewriteLineConfig
 from introspect_ray.data.identity import identify_target
+from introspect_ray.data.rewrite_texts import text_shards
 from introspect_ray.evaluation.charts import lines_plot
 from introspect_ray.features.windows import window
 from introspect_ray.models.loading import load_tokenizer
@@ -56,6 +57,18 @@ def test_a_target_in_another_precision_is_another_run():
     configs = [RewriteConfig(target=ModelConfig(**changes)) for changes in given]
     assert len({run_key(config, identity, []) for config in configs}) == 3
     assert run_key(configs[0], identity, []) == run_key(RewriteConfig(seed=1), identity, [])
+
+
+def test_only_the_evaluation_measures_the_last_token_alone():
+    tokenizer = load_tokenizer(ModelConfig())
+    counts = {"evaluation_texts": 4, "fit_texts": 4, "statistics_texts": 4}
+    given = RewriteConfig(where="last", window_tokens=32, **counts)
+    shards = text_shards(given, tokenizer)
+    last = [text for shard in shards["evaluation"] for text in shard.texts]
+    assert all(text.positions == (len(text.ids) - 2,) for text in last)
+    for use in ("statistics", "fit"):
+        for text in (text for shard in shards[use] for text in shard.texts):
+            assert text.positions == tuple(range(1, len(text.ids) - 1))
 
 
 def test_p2s_protocol():
