@@ -215,3 +215,26 @@ def test_a_failed_simulation_is_missing_under_every_scale():
             config = one.config.model_copy(update={"repaired": repaired})
             values = Line(config, one.latents, one.texts, one.maximum, one.contrast, one.scale).values(broken, TRUTH)
             assert np.isnan(values[1, 0]) and np.isfinite(np.delete(values.ravel(), 2)).all(), scale
+
+
+def test_failed_simulations_are_left_out_of_the_fit():
+    """A third of a latent's tokens failed, with its highest activations among them: the fit is that of the others."""
+    rng = np.random.default_rng(0)
+    own = np.round(rng.uniform(0, 10, (90, 1)))
+    truth = np.where(own > 6, own, 0.0)
+    known = np.arange(90) % 3 < 2
+    truth[~known] = 100.0
+    index, starts = {"b": 0}, np.arange(90) % 3 == 0
+    failed = np.where(known[:, None], own, np.nan)
+    one = line(max_fraction=0.5)
+    assert one.texts == (("b",),)
+    for scale in ("fitted", "quantile", "shrunk", "detected", "context"):
+        told = Line(one.config.model_copy(update={"scale": scale}), one.latents, one.texts, one.maximum)
+        fits = [
+            fit_line(told, Levels(index, failed, starts, measured), truth[measured], statistics(), np.ones(4), False)
+            for measured in (np.arange(90), np.flatnonzero(known))
+        ]
+        levels = Levels(index, own, starts, np.arange(90))
+        first, second = (fit.values(levels, truth) for fit in fits)
+        np.testing.assert_allclose(first, second, err_msg=scale)
+        assert first.max() < 11, scale
