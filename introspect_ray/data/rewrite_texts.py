@@ -18,7 +18,7 @@ from introspect_ray.data.splits import split_of
 from introspect_ray.errors import UserError
 from introspect_ray.features.windows import Window, window
 from introspect_ray.models.tokens import adds_bos, encode_with_offsets
-from introspect_ray.rewrite.texts import RewriteText, rewrite_text
+from introspect_ray.rewrite.texts import RewriteText, every_position, rewrite_text
 
 Use = Literal["statistics", "fit", "evaluation"]
 SPLIT_OF_USE: dict[Use, str] = {"statistics": "train", "fit": "validation", "evaluation": "test"}
@@ -46,7 +46,9 @@ def text_shards(config: RewriteConfig, tokenizer: PreTrainedTokenizerBase) -> di
     shards: dict[Use, list[TextShard]] = {}
     for use, count in counts.items():
         split = SPLIT_OF_USE[use]
-        texts = _usable([row for row in rows if split_of(row["text"], config.split) == split], count, config, tokenizer)
+        texts = _usable(
+            [row for row in rows if split_of(row["text"], config.split) == split], use, count, config, tokenizer
+        )
         if len(texts) < count:
             raise UserError(
                 f"source {config.source.path} has {len(texts)} texts of three tokens and more in the split {split}:"
@@ -60,8 +62,9 @@ def text_shards(config: RewriteConfig, tokenizer: PreTrainedTokenizerBase) -> di
 
 
 def _usable(
-    rows: Sequence[dict[str, Any]], count: int, config: RewriteConfig, tokenizer: PreTrainedTokenizerBase
+    rows: Sequence[dict[str, Any]], use: Use, count: int, config: RewriteConfig, tokenizer: PreTrainedTokenizerBase
 ) -> list[RewriteText]:
+    """The first texts; statistics and scales are of all tokens of their windows, whatever the evaluation measures."""
     bos = adds_bos(tokenizer)
     texts: list[RewriteText] = []
     for row in rows:
@@ -69,7 +72,8 @@ def _usable(
             break
         ids, _ = encode_with_offsets(tokenizer, row["text"])
         text = rewrite_text(row["row"], ids, config.where, config.window_tokens, bos, config.seed)
-        texts += [text] if text is not None else []
+        if text is not None:
+            texts.append(text if use == "evaluation" else every_position(text))
     return texts
 
 

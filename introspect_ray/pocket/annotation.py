@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from introspect_ray.models.tokens import Offset
-from introspect_ray.pocket.text import Document, Role
+from introspect_ray.pocket.text import Document
 from introspect_ray.pocket.world import KIND_PLURALS, World
 
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
@@ -25,7 +25,8 @@ class Word:
     text: str
     word_class: str | None
     """Plural name of the one class that the world puts the word in."""
-    role: Role
+    role: str
+    """A `Role`."""
     document: str
     """Kind of the document, in the plural."""
     matter: str
@@ -85,6 +86,11 @@ def annotate(document: Document, offsets: Sequence[Offset], known: Knowledge) ->
     for (start, end), word in zip(spans, words, strict=True):
         at[start:end] = [word] * (end - start)
     return [at[end - 1] if end > start else None for start, end in offsets]
+
+
+def words_of(document: Document, known: Knowledge) -> list[Word]:
+    """The words of a document, in order."""
+    return _words(document, [match.span() for match in _WORD.finditer(document.text)], known)
 
 
 def _words(document: Document, spans: Sequence[Offset], known: Knowledge) -> list[Word]:

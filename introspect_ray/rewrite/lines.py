@@ -203,18 +203,21 @@ def fit_line(
     norms: Float[np.ndarray, " F"],
     paper_compat: bool,
 ) -> Line:
-    """The line with its contrasts and its scale, fitted on the fit texts; `truth` are its latents' values there."""
+    """The line with its contrasts and its scale, fitted on the fit texts; `truth` are its latents' values there.
+
+    Tokens whose simulation failed are left out, of each latent by itself.
+    """
     if line.config.kind != "simulated":
         return line
     assert levels is not None
     own = line_levels(line, levels)
-    own_measured = np.nan_to_num(own[levels.measured])
+    own_measured = own[levels.measured]
     contrast: tuple[str | None, ...] = ()
     if line.config.descriptions == "contrast":
         contrast = _contrast(line, levels, own_measured, truth)
         line = Line(line.config, line.latents, line.texts, line.maximum, contrast)
         own = line._levels(levels)
-        own_measured = np.nan_to_num(own[levels.measured])
+        own_measured = own[levels.measured]
     scale: Scale
     if line.config.scale == "raw":
         scale = raw(line.maximum)
@@ -239,7 +242,7 @@ def _contrast(
 ) -> tuple[str | None, ...]:
     names = line.needed
     columns = np.array([levels.index[name] for name in names], dtype=np.int64)
-    pool = np.nan_to_num(levels.levels[levels.measured][:, columns])
+    pool = levels.levels[levels.measured][:, columns]
     unit = np.maximum(line.maximum, 1e-12) / MAX_LEVEL
     chosen = contrasts(own, np.minimum(truth / unit, MAX_LEVEL), pool)
     return tuple(names[column] if column >= 0 else None for column in chosen.tolist())

@@ -28,13 +28,16 @@ class Quantiles:
 
 
 def fit_quantiles(levels: Float[np.ndarray, "M S"], truth: Float[np.ndarray, "M S"]) -> Quantiles:
-    """Fitted on measured tokens; zeros count, so that calibrated latents are as rare as true ones."""
-    return Quantiles(
-        tuple(
-            QuantileCalibration.fit(levels[:, column].astype(np.float64), truth[:, column].astype(np.float64))
-            for column in range(levels.shape[1])
-        )
-    )
+    """Fitted on measured tokens; zeros count, so that calibrated latents are as rare as true ones. A token whose level
+    is `nan` is left out; a latent without any other stays silent."""
+    return Quantiles(tuple(_fit_known(*column) for column in zip(levels.T, truth.T, strict=True)))
+
+
+def _fit_known(levels: Float[np.ndarray, " M"], truth: Float[np.ndarray, " M"]) -> QuantileCalibration:
+    known = ~np.isnan(levels)
+    if not known.any():
+        return QuantileCalibration.fit(np.zeros(1), np.zeros(1))
+    return QuantileCalibration.fit(levels[known].astype(np.float64), truth[known].astype(np.float64))
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +57,7 @@ def fit_shrunk(levels: Float[np.ndarray, "M S"], truth: Float[np.ndarray, "M S"]
     Values of the right distribution at the wrong tokens do more harm than none; a factor of 0 leaves the latent out.
     """
     quantiles = fit_quantiles(levels, truth)
-    said = quantiles.values(levels, np.zeros(len(levels), dtype=bool)).astype(np.float64)
+    said = np.nan_to_num(quantiles.values(levels, np.zeros(len(levels), dtype=bool)).astype(np.float64))
     squares = (said**2).sum(0) * (1 + 1 / np.maximum(1, (said > 0).sum(0)))
     slopes = np.divide((said * truth).sum(0), squares, out=np.zeros(said.shape[1]), where=squares > 0)
     return Shrunk(quantiles, np.clip(slopes, 0, 1))

@@ -258,19 +258,28 @@ def verdict(found: Results) -> str:
     """One sentence about the headline."""
     scores = found.headline.scores
     recovered = scores.recovered
+    if scores.coverage == 0:
+        return f"{found.headline.name}: no text is fully simulated, so nothing can be said"
     if not math.isfinite(recovered.value):
         return f"{found.headline.name}: the true latents are no better than none, so nothing can be recovered"
-    reached = "better than" if recovered.low > 0 else "not shown to be better than"
+    reached = _against(recovered)
     text = (
         f"{found.headline.name} ({found.headline.num_latents} latents): {reached} deleting all latents, share of the"
         f" gap recovered {recovered.value:.2f} [{recovered.low:.2f}, {recovered.high:.2f}]"
     )
     if (deleted := scores.below_deleted) is not None:
-        same = "better than" if deleted.low > 0 else "not shown to be better than"
+        same = _against(deleted)
         text += f"; {same} deleting the same latents ({deleted.value:+.4f} [{deleted.low:+.4f}, {deleted.high:+.4f}])"
     if (regained := scores.regained) is not None and math.isfinite(regained.value):
         text += f", of whose cost {regained.value:.2f} [{regained.low:.2f}, {regained.high:.2f}] is regained"
     return text
+
+
+def _against(gain: Interval) -> str:
+    """What an interval of how much better something is shows."""
+    if gain.low > 0:
+        return "better than"
+    return "worse than" if gain.high < 0 else "not shown to be better than"
 
 
 def cell(interval: Interval | None, digits: int = 4) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -118,8 +119,9 @@ class InContext:
     """A threshold that depends on the token's context.
 
     A latent fires where a logistic model, one for all latents, says so from the level, the level before, how far the
-    level is below the window's highest, how much all chosen latents together are said to fire at this token, and how
-    rare the latent is.
+    level is below the window's highest so far, how much all the line's latents together are said to fire at this
+    token, and how rare the latent is. The line's latents are those up to its `max_fraction`, whatever the fraction that
+    is replaced: one model serves all fractions.
     """
 
     weights: Float[np.ndarray, " features"]
@@ -135,7 +137,7 @@ class InContext:
 
 def fit_in_context(
     levels: Float[np.ndarray, "N S"],
-    truth: Float[np.ndarray, "N S"],
+    truth: Float[np.ndarray, "M S"],
     starts: Bool[np.ndarray, " N"],
     measured: Int[np.ndarray, " M"],
     density: Float[np.ndarray, " S"],
@@ -147,15 +149,15 @@ def fit_in_context(
         measured: tokens of the windows at which `truth` is known; its rows belong to them.
         norms: length of each latent's decoder row, so that errors count as they do in the output.
     """
+    known = ~np.isnan(levels[measured])
     levels = np.nan_to_num(levels)
     prior = np.log(density + 1e-6) - np.log1p(-np.minimum(density, 1 - 1e-6))
-    features = _features(levels, starts, prior)[measured].reshape(-1, NUM_FEATURES)
-    fires = (truth > 0).ravel().astype(np.float64)
-    weights = _logistic(features, fires)
-    odds = (features @ weights).reshape(truth.shape)
+    features = _features(levels, starts, prior)[measured]
+    weights = _logistic(features[known], (truth > 0)[known].astype(np.float64))
+    odds = features @ weights
     best = (0.0, np.inf, np.zeros(truth.shape[1]))
     for cut in np.linspace(-4, 3, 15):
-        said = odds >= cut
+        said = (odds >= cut) & known
         total = np.where(said, truth, 0.0).sum(0)
         heights = total / (said.sum(0) + 1)
         gain = float((total * heights * norms**2).sum())
@@ -172,7 +174,10 @@ def _features(
 ) -> Float[np.ndarray, "N S features"]:
     before = np.vstack([np.zeros((1, levels.shape[1])), levels[:-1]])
     before[starts] = 0
-    highest = np.maximum.reduceat(levels, np.flatnonzero(starts), axis=0)[np.cumsum(starts) - 1]
+    highest = levels.copy()
+    bounds = [0, *np.flatnonzero(starts), len(levels)]
+    for begin, end in pairwise(bounds):
+        np.maximum.accumulate(levels[begin:end], axis=0, out=highest[begin:end])
     crowd = np.log1p((levels / MAX_LEVEL).sum(1, keepdims=True))
     columns = [
         np.ones_like(levels),
@@ -216,7 +221,8 @@ def contrasts(
     """For each latent the column of `pool` whose subtraction brings its levels closest to the truth; -1: none.
 
     "This, but not that": the description of another latent, where it is said to fire, takes back what the latent's own
-    description says. Only tokens on which a latent is said to fire count, and the error must fall by a tenth.
+    description says. Only tokens on which a latent is said to fire count, and the error must fall by a tenth; where
+    `pool` is `nan`, it takes nothing back.
     """
     chosen = np.full(levels.shape[1], -1)
     for column in range(levels.shape[1]):
@@ -224,7 +230,9 @@ def contrasts(
         if not len(said):
             continue
         own, true = levels[said, column], truth_levels[said, column]
-        errors = np.square(np.maximum(0.0, own[:, None] - pool[said]) - true[:, None]).sum(0)
+        before = np.square(own - true)[:, None]
+        after = np.square(np.maximum(0.0, own[:, None] - pool[said]) - true[:, None])
+        errors = np.where(np.isnan(after), before, after).sum(0)
         best = int(errors.argmin())
         if errors[best] < 0.9 * np.square(own - true).sum():
             chosen[column] = best

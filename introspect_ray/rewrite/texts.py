@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Where = Literal["all", "last"]
@@ -55,3 +55,8 @@ def rewrite_text(row: int, ids: Sequence[int], where: Where, tokens: int, bos: b
     if len(cut) < 3:
         return None
     return RewriteText(row, cut, 1 if bos and start == 0 else 0, (len(cut) - 2,))
+
+
+def every_position(text: RewriteText) -> RewriteText:
+    """The same text with all positions of its window but the first."""
+    return replace(text, positions=tuple(range(1, text.positions[-1] + 1)))

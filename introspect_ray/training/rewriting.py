@@ -24,7 +24,7 @@ from introspect_ray.config import ActorConfig, ModelConfig, RewriteConfig, Rewri
 from introspect_ray.data.cluster import connect
 from introspect_ray.data.identity import folder_digest, identify_target
 from introspect_ray.data.levels import LevelCache
-from introspect_ray.data.manifest import CONFIG_NAME
+from introspect_ray.data.manifest import CONFIG_NAME, TargetIdentity
 from introspect_ray.data.rewrite_texts import TextShard, text_shards
 from introspect_ray.data.rewriting import (
     Collected,
@@ -112,6 +112,12 @@ def rewrite_transformer(
     return run.report(plan, collected)
 
 
+def run_key(config: RewriteConfig, identity: TargetIdentity, texts: Any) -> str:
+    """What all results of an output folder share: the target as it is loaded, the coder and the texts."""
+    loaded = [identity.model_dump(), config.target.dtype, config.target.quantization]
+    return stable_id(loaded, folder_digest(coder_folder(config.coder)), texts)
+
+
 class _Run:
     """One run's texts and folders, and its steps in order."""
 
@@ -125,7 +131,7 @@ class _Run:
         check_sources(config)
         self.shards = text_shards(config, self.tokenizer)
         texts = [[part.name, [text.ids for text in part.texts]] for of_use in self.shards.values() for part in of_use]
-        self.key = stable_id(identity.model_dump(), folder_digest(coder_folder(config.coder)), texts)
+        self.key = run_key(config, identity, texts)
         self.folder = Folder(config.output)
         self.coder: SparseCoder = load_sae(config.coder)
 

@@ -145,7 +145,7 @@ def _kept(folder: Folder, name: str) -> list[str] | None:
 def open_simulator(config: RewriteConfig, simulator: RewriteSimulatorConfig, progress: Progress) -> LoadSimulator:
     """The simulator of a config; one of kind `pocket` is trained first, unless it was."""
     if simulator.kind == "exact":
-        return LoadSimulator(partial(_load_exact, config.target), stable_id("exact", resolved(config.target)))
+        return LoadSimulator(partial(_load_exact, config.target), stable_id("exact, causal", resolved(config.target)))
     given = simulator.given if simulator.given is not None else pocket_simulator(config, simulator, progress)
     given = given.model_copy(update={"cache_tokens": 0})
     content = _digest(given.model.path)

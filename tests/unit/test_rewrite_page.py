@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 from unit.rewrite_helpers import LATENTS
 from unit.test_rewrite_measure import plan_of
 
 from introspect_ray.config import RewriteConfig, RewriteLineConfig
-from introspect_ray.evaluation.intervals import Bootstrap
+from introspect_ray.evaluation.intervals import Bootstrap, Interval
 from introspect_ray.rewrite.lines import Line
 from introspect_ray.rewrite.measure import BASELINES, TRUE, ZERO, FalseAlarm, condition_name
 from introspect_ray.rewrite.page import rewriting_page
-from introspect_ray.rewrite.results import results, tables, verdict
+from introspect_ray.rewrite.results import Results, results, tables, verdict
 from introspect_ray.rewrite.scores import Losses
 
 FACTS = {"target": "tiny", "coder": "hand", "layer": 1, "live_latents": LATENTS, "loss": 1.5}
@@ -62,3 +64,15 @@ def test_plots_and_tables_of_a_page():
     assert page.count("<table") == page.count("</table>") == 5
     text = tables(found, 0.5)
     assert "simulator: finetuned instead of exact" in text and "descriptions: shuffled instead of one" in text
+
+
+def test_the_verdict_says_better_worse_or_neither():
+    def said(low: float, high: float, coverage: float = 1.0) -> str:
+        interval = Interval((low + high) / 2, low, high, 10, 10)
+        scores = SimpleNamespace(recovered=interval, below_deleted=interval, regained=None, coverage=coverage)
+        return verdict(Mock(spec=Results, headline=SimpleNamespace(name="mine", num_latents=3, scores=scores)))
+
+    assert said(0.1, 0.2).count("better than") == 2 and "not shown" not in said(0.1, 0.2)
+    assert said(-0.2, -0.1).count("worse than") == 2
+    assert said(-0.1, 0.2).count("not shown to be better than") == 2
+    assert "no text is fully simulated" in said(float("nan"), float("nan"), 0.0)

@@ -80,6 +80,26 @@ def test_a_threshold_in_context_learns_from_the_token_before():
     assert np.abs(fit_detected(levels, truth).values(levels, starts) - truth).sum() > 100
 
 
+def test_a_threshold_in_context_sees_no_later_token():
+    """The latent fires where its level is the window's highest so far; a beginning is read as in the whole."""
+    rng = np.random.default_rng(0)
+    levels = np.round(rng.uniform(1, 10, (600, 2)))
+    starts = np.zeros(600, dtype=bool)
+    starts[::6] = True
+    windows = levels.reshape(100, 6, 2)
+    highest = np.maximum.accumulate(windows, axis=1)
+    truth = np.where(windows == highest, 3.0, 0.0).reshape(600, 2)
+    fitted = fit_in_context(levels, truth, starts, np.arange(600), np.full(2, 0.3), np.ones(2))
+    said = fitted.values(levels, starts)
+    assert ((said > 0) == (truth > 0)).mean() > 0.95
+    for end in (1, 2, 5, 6, 7, 40, 599):
+        np.testing.assert_array_equal(fitted.values(levels[:end], starts[:end]), said[:end])
+    later = levels.copy()
+    later[5::6] = 10
+    unseen = np.arange(600) % 6 < 5
+    np.testing.assert_array_equal(fitted.values(later, starts)[unseen], said[unseen])
+
+
 def test_a_contrast_takes_back_false_alarms():
     own = np.array([[8.0], [8.0], [8.0], [0.0]])
     truth = np.array([[8.0], [0.0], [0.0], [0.0]])
@@ -195,3 +215,26 @@ def test_a_failed_simulation_is_missing_under_every_scale():
             config = one.config.model_copy(update={"repaired": repaired})
             values = Line(config, one.latents, one.texts, one.maximum, one.contrast, one.scale).values(broken, TRUTH)
             assert np.isnan(values[1, 0]) and np.isfinite(np.delete(values.ravel(), 2)).all(), scale
+
+
+def test_failed_simulations_are_left_out_of_the_fit():
+    """A third of a latent's tokens failed, with its highest activations among them: the fit is that of the others."""
+    rng = np.random.default_rng(0)
+    own = np.round(rng.uniform(0, 10, (90, 1)))
+    truth = np.where(own > 6, own, 0.0)
+    known = np.arange(90) % 3 < 2
+    truth[~known] = 100.0
+    index, starts = {"b": 0}, np.arange(90) % 3 == 0
+    failed = np.where(known[:, None], own, np.nan)
+    one = line(max_fraction=0.5)
+    assert one.texts == (("b",),)
+    for scale in ("fitted", "quantile", "shrunk", "detected", "context"):
+        told = Line(one.config.model_copy(update={"scale": scale}), one.latents, one.texts, one.maximum)
+        fits = [
+            fit_line(told, Levels(index, failed, starts, measured), truth[measured], statistics(), np.ones(4), False)
+            for measured in (np.arange(90), np.flatnonzero(known))
+        ]
+        levels = Levels(index, own, starts, np.arange(90))
+        first, second = (fit.values(levels, truth) for fit in fits)
+        np.testing.assert_allclose(first, second, err_msg=scale)
+        assert first.max() < 11, scale

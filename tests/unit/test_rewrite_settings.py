@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from pydantic import ValidationError
@@ -9,6 +11,8 @@ from unit.rewrite_helpers import texts, transcoder
 from unit.test_rewrite_measure import line, plan_of, target
 
 from introspect_ray.config import P2_FRACTIONS, ModelConfig, RewriteConfig, RewriteLineConfig
+from introspect_ray.data.identity import identify_target
+from introspect_ray.data.rewrite_texts import text_shards
 from introspect_ray.evaluation.charts import lines_plot
 from introspect_ray.features.windows import window
 from introspect_ray.models.loading import load_tokenizer
@@ -20,6 +24,7 @@ from introspect_ray.rewrite.measure import TRUE, measure
 from introspect_ray.rewrite.page import line_phrase
 from introspect_ray.rewrite.settings import effective
 from introspect_ray.rewrite.site import Batch, Site
+from introspect_ray.training.rewriting import run_key
 
 
 def test_defaults_stay_as_they_are():
@@ -44,6 +49,26 @@ def test_a_given_simulator_takes_the_place_of_the_first():
     first, second = config.simulators
     assert (first.name, first.kind, first.given.model.path) == ("finetuned", "given", "runs/simulator")
     assert second.kind == "exact"
+
+
+def test_a_target_in_another_precision_is_another_run():
+    identity = identify_target(ModelConfig())
+    given = [{}, {"dtype": "bfloat16"}, {"quantization": "nf4"}]
+    configs = [RewriteConfig(target=ModelConfig(**changes)) for changes in given]
+    assert len({run_key(config, identity, []) for config in configs}) == 3
+    assert run_key(configs[0], identity, []) == run_key(RewriteConfig(seed=1), identity, [])
+
+
+def test_only_the_evaluation_measures_the_last_token_alone():
+    tokenizer = load_tokenizer(ModelConfig())
+    counts = {"evaluation_texts": 4, "fit_texts": 4, "statistics_texts": 4}
+    given = RewriteConfig(where="last", window_tokens=32, **counts)
+    shards = text_shards(given, tokenizer)
+    last = [text for shard in shards["evaluation"] for text in shard.texts]
+    assert all(text.positions == (len(text.ids) - 2,) for text in last)
+    for use in ("statistics", "fit"):
+        for text in (text for shard in shards[use] for text in shard.texts):
+            assert text.positions == tuple(range(1, len(text.ids) - 1))
 
 
 def test_p2s_protocol():
@@ -107,6 +132,29 @@ def test_the_exact_reader_says_where_a_description_holds():
         assert nothing.max() == 0
     with pytest.raises(KeyError, match="no plain text"):
         reader.simulate(["x"], [window(ids[::-1], tokenizer)])
+
+
+def test_the_exact_reader_says_nothing_that_only_the_following_text_tells():
+    """Texts that begin alike are read alike as far as they do, by all rules, and a beginning as in the whole."""
+    tokenizer = load_tokenizer(ModelConfig())
+    reader = ExactReader(tokenizer)
+    texts = sorted({tuple(encode_with_offsets(tokenizer, row["text"])[0][1:]) for row in rows("text")[:1500]})
+    heard = [reader.said(window(ids, tokenizer)) for ids in texts]
+    shared = 0
+    for (one, first), (other, second) in pairwise(zip(texts, heard, strict=True)):
+        same = next(
+            (at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+        )
+        assert first[:same] == second[:same]
+        shared += same
+    assert shared > 5000
+    for ids, whole in zip(texts[::100], heard[::100], strict=True):
+        for end in range(5, len(ids)):
+            assert reader.said(window(ids[:end], tokenizer)) == whole[:end]
+    every = {text for of_text in heard for of_token in of_text for text in of_token}
+    assert not any(text.startswith("words before") or text == "correct options" for text in every)
+    assert {"cities", "texts about cities", "statements", "words after or", "the second option"} <= every
+    assert all("statements" not in of_text[0] and "texts about cities" not in of_text[0] for of_text in heard)
 
 
 def test_lines_of_a_plot_share_their_axes():
