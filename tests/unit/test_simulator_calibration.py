@@ -106,6 +106,25 @@ def test_natural_weights_restore_the_density():
     assert natural_weights(0.7, always).tolist() == pytest.approx([0.25, 0.25])
 
 
+def test_a_window_of_two_kinds_counts_once():
+    both, other = [9.0, 9, 9, 0], [1.0, 0, 0, 0]
+    exemplars = [
+        exemplar("a b c d", *both, kind="quantile", quantile=1),
+        exemplar("e f g h", *other, kind="quantile", quantile=0),
+        exemplar("a b c d", *both),
+        exemplar("i j k l", *other),
+        *[exemplar("m n o p", 0, 0, 0, 0)] * 2,
+    ]
+    weights = natural_weights(0.1, exemplars)
+    once = natural_weights(0.1, exemplars[:2] + exemplars[3:])
+    assert weights[2] == 0 and np.delete(weights, 2).tolist() == once.tolist()
+    # 5 of the 12 tokens of windows in which it fires, not 8 of 16.
+    assert once[[0, 1, 2]].sum() * 4 == pytest.approx(0.1 * 12 / 5)
+    # Equal words elsewhere, with other activations, are another window.
+    exemplars[2] = exemplar("a b c d", 9, 0, 0, 0)
+    assert natural_weights(0.1, exemplars)[2] > 0
+
+
 def test_first_stage_skips_what_cannot_fire_and_says_what_it_loses():
     seen = [("cats", [exemplar("the cat sat", 0, 2, 0), exemplar("a kitten", 0, 0.01)])]
     lookup = TokenLookup.fit(seen, minimum_share=0.1)
