@@ -164,7 +164,10 @@ class _Run:
             yield LatentJudgements(one.layer, one.latent, kind, tuple(rows), one.text)
 
     def _judged_windows(self, latent: LatentExemplars) -> LatentExemplars:
-        """As many windows in which it fires as in which it does not, drawn for the latent; fair draws come first."""
+        """As many windows in which it fires as in which it does not, drawn for the latent; fair draws come first.
+
+        The scarcer kind decides how many: without silent windows there are none at all.
+        """
         draw = random.Random(f"windows {self.config.seed} {latent.layer} {latent.latent}")
 
         def drawn_from(*kinds: str, active: bool, most: int) -> list[Exemplar]:
@@ -177,8 +180,9 @@ class _Run:
             return chosen
 
         fires = drawn_from("quantile", "top", active=True, most=self.config.windows)
-        windows = fires + drawn_from("random", "silent", active=False, most=len(fires))
-        return LatentExemplars(latent.layer, latent.latent, latent.density, latent.maximum, tuple(windows))
+        silent = drawn_from("random", "silent", active=False, most=len(fires))
+        windows = (*fires[: len(silent)], *silent)
+        return LatentExemplars(latent.layer, latent.latent, latent.density, latent.maximum, windows)
 
 
 def _prepare(config: JudgeDescriptionsConfig) -> _Run:

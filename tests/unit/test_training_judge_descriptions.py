@@ -2,6 +2,7 @@
 
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -117,6 +118,23 @@ def test_descriptions_are_scored_beside_controls_and_their_judgements_go_to_delp
 def test_a_rare_latent_is_judged_on_each_of_its_windows_once_and_on_as_many_others(tmp_path, chat):
     run(config(tmp_path, windows=10))
     assert len(chat.asked) == 2 * (5 + 5) * 10, "of its 6 firing exemplars two are one window"
+
+
+def test_a_latent_with_few_silent_windows_is_judged_on_as_few_of_its_own(tmp_path, chat, monkeypatch):
+    read = FakeStore.read
+
+    def lopsided(self, latent, split):
+        found = read(self, latent, split)
+        silent = [one for one in found.exemplars if not one.activations.any()][:latent]
+        return replace(found, exemplars=(*(one for one in found.exemplars if one.activations.any()), *silent))
+
+    monkeypatch.setattr(FakeStore, "read", lopsided)
+    run(config(tmp_path, methods=("detection",), controls=()))
+    assert len(chat.asked) == 2 * (0 + 1 + 2)
+    always, rare = scores(tmp_path)["other"], scores(tmp_path)["llm:x"]
+    assert always["detection/failure_rate"]["undefined"] == {"no_windows": 1}
+    assert "value" not in always["detection/f1"] or always["detection/f1"]["value"] is None
+    assert rare["detection/f1"]["n"] == rare["detection/precision"]["n"] == 2
 
 
 def test_what_failed_is_counted_and_asked_again_and_the_end_is_the_same(tmp_path, chat):
