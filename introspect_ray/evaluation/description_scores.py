@@ -108,7 +108,9 @@ class SimulationScorer:
 
         found: list[Scores] = []
         for (_, held_out), (train, scored), stage in zip(pairs, windows, stages, strict=True):
-            scores = simulation_scores(held_out.density, train, levels(train, stage), scored, levels(scored, stage))
+            skipped = stage is not None and not any(stage.may_fire("", one.window) for one in scored)
+            both = levels(train, stage), levels(scored, stage)
+            scores = simulation_scores(held_out.density, train, both[0], scored, both[1], all_skipped=skipped)
             found.append({**scores, **_stage_scores(stage, held_out.density, scored)})
         return found
 
