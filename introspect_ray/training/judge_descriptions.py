@@ -30,7 +30,7 @@ from introspect_ray.data.journal import open_journal
 from introspect_ray.data.judged_shards import ShardResult, read_result, write_result
 from introspect_ray.data.storage import Folder
 from introspect_ray.errors import RunFailed, UserError
-from introspect_ray.evaluation.description_scores import Scored, control_descriptions
+from introspect_ray.evaluation.description_scores import Scored, check_sources, control_descriptions
 from introspect_ray.evaluation.description_summary import render_scores, summarise, summary_json, summary_table
 from introspect_ray.evaluation.embedding import Embedder
 from introspect_ray.evaluation.intervals import Bootstrap
@@ -192,6 +192,7 @@ def _prepare(config: JudgeDescriptionsConfig) -> _Run:
         resolve_model_path(config.embedder.path)
     store = open_exemplars(config.exemplars)
     groups = candidates_of(config.descriptions, store)
+    check_sources(one for candidates in groups.values() for one in candidates)
     chosen = drawn(sorted(groups), config.max_latents, config.seed)
     own = [one for key in chosen for one in groups[key]]
     everything = list(by_latent([*own, *control_descriptions(own, config.controls, config.seed)]).values())

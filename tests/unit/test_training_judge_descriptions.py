@@ -120,6 +120,14 @@ def test_a_rare_latent_is_judged_on_each_of_its_windows_once_and_on_as_many_othe
     assert len(chat.asked) == 2 * (5 + 5) * 10, "of its 6 firing exemplars two are one window"
 
 
+def test_descriptions_that_could_not_be_told_from_controls_are_refused(tmp_path, chat):
+    path = tmp_path / "of_a_control.jsonl"
+    path.write_text(description_lines([Description(1, 0, "cat", "shuffled")]))
+    with pytest.raises(UserError, match=r"have the source 'shuffled', which is the name of a control: rename it$"):
+        run(config(tmp_path, descriptions=(str(path),), controls=()))
+    assert not chat.asked and not (tmp_path / "out").exists()
+
+
 def test_a_latent_with_few_silent_windows_is_judged_on_as_few_of_its_own(tmp_path, chat, monkeypatch):
     read = FakeStore.read
 
