@@ -23,6 +23,7 @@ from introspect_ray.data.chat_pool import chat_model, check_chat, relevant_chat
 from introspect_ray.data.claim import Claim
 from introspect_ray.data.description_files import (
     JUDGEMENTS_FILE,
+    keep_coder_digest,
     read_descriptions,
     write_descriptions,
 )
@@ -250,6 +251,7 @@ def _finish(run: _Run, results: Sequence[ShardResult], cost: float) -> JudgeSumm
             failures[reason] = failures.get(reason, 0) + count
     num_failed, num_calls = sum(failures.values()), sum(failures.values()) + sum(one.answers for one in results)
     write_descriptions(folder, [one.filled for one in own])
+    keep_coder_digest(folder, config.descriptions)
     folder.write(CONTROLS_NAME, description_lines(one.filled for one in controls).encode())
     texts = {(one.description.layer, one.description.latent, one.description.text) for one in own}
     lines = [

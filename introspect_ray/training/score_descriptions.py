@@ -18,7 +18,7 @@ from typing import Any
 from introspect_ray.config import ActorConfig, ScoreDescriptionsConfig, SimulatorConfig, resolved
 from introspect_ray.data.claim import Claim
 from introspect_ray.data.cluster import connect
-from introspect_ray.data.description_files import write_descriptions
+from introspect_ray.data.description_files import keep_coder_digest, write_descriptions
 from introspect_ray.data.identity import identify_target
 from introspect_ray.data.pool import check_resources
 from introspect_ray.data.scored_exemplars import Exemplars, VectorStore, check_windows, open_scored
@@ -206,6 +206,7 @@ def _finish(
     options = Bootstrap(samples=config.bootstrap_samples, confidence=config.confidence, seed=config.seed)
     summary = summarise(scored, best, options, store.groups() if isinstance(store, VectorStore) else None)
     write_descriptions(folder, [one.filled for one in own])
+    keep_coder_digest(folder, config.descriptions)
     folder.write(CONTROLS_NAME, description_lines(one.filled for one in controls).encode())
     folder.write(BEST_NAME, description_lines(one.filled for one in best).encode())
     facts = [
