@@ -16,17 +16,22 @@ from typing import Any
 
 from introspect_ray.config import ConvertDescriptionsConfig, resolved
 from introspect_ray.data.description_files import (
+    CODER_DIGEST,
     JUDGEMENTS_FILE,
+    LEXICON,
     SUMMARY_FILE,
+    coder_digest_of,
     file_of,
     lexicon_descriptions,
     read_descriptions,
     read_judgements,
     write_descriptions,
 )
+from introspect_ray.data.identity import folder_digest
 from introspect_ray.data.storage import Folder, new_folder
 from introspect_ray.errors import UserError
 from introspect_ray.features import delphi, neuronpedia
+from introspect_ray.features.card import coder_folder
 from introspect_ray.features.delphi import Key, LatentJudgements
 from introspect_ray.features.descriptions import DESCRIPTIONS_FILE, Description, Imported, by_latent, ranked_by
 
@@ -64,12 +69,19 @@ def convert_descriptions(config: ConvertDescriptionsConfig) -> str:
             "latents": len(by_latent(imported.descriptions)),
             "not_used": reasons,
             "config": resolved(config),
-        }
+        } | _coder(config)
         folder.write(SUMMARY_FILE, (json.dumps(summary, indent=1) + "\n").encode())
     return (
         f"wrote {config.output}: {written} descriptions of {summary['latents']} latents in format"
         f" {config.output_format}{_listed(imported.unused)}"
     )
+
+
+def _coder(config: ConvertDescriptionsConfig) -> dict[str, str]:
+    """Which coder the descriptions are of, where that is known: files of others do not say it."""
+    lexicon = config.source_format == LEXICON
+    digest = folder_digest(coder_folder(config.source)) if lexicon else coder_digest_of(config.source)
+    return {CODER_DIGEST: digest} if digest else {}
 
 
 # --- reading ----------------------------------------------------------------------------------------------------

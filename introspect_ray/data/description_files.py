@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -23,6 +24,9 @@ JUDGEMENTS_FILE = "judgements.jsonl"
 SUMMARY_FILE = "summary.json"
 LABELS_FILE = "labels.jsonl"
 LEXICON = "lexicon"
+CODER_DIGEST = "coder_digest"
+"""Of summary.json: which coder's latents are described, see `folder_digest`; of vectors, their digest."""
+logger = logging.getLogger(__name__)
 
 
 def read_descriptions(path: str) -> list[Description]:
@@ -34,6 +38,46 @@ def read_descriptions(path: str) -> list[Description]:
 def write_descriptions(folder: Folder, descriptions: Iterable[Description]) -> None:
     """Write descriptions.jsonl in one step."""
     folder.write(DESCRIPTIONS_FILE, description_lines(descriptions).encode())
+
+
+def coder_digest_of(path: str) -> str:
+    """Which coder the descriptions of a file or folder are of, by the summary.json beside them; empty if none."""
+    parent, _ = file_of(path, DESCRIPTIONS_FILE)
+    try:
+        digest = json.loads(parent.read(SUMMARY_FILE)).get(CODER_DIGEST)
+    except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError):
+        return ""
+    return digest if isinstance(digest, str) else ""
+
+
+def write_coder_digest(folder: Folder, digest: str) -> None:
+    """A summary.json that says which coder the descriptions of a folder are of, and no more."""
+    folder.write(SUMMARY_FILE, (json.dumps({CODER_DIGEST: digest}) + "\n").encode())
+
+
+def keep_coder_digest(folder: Folder, sources: Iterable[str]) -> None:
+    """Say of the descriptions in a folder what all that they came from say."""
+    digests = set(map(coder_digest_of, sources))
+    if len(digests) == 1 and (digest := digests.pop()):
+        write_coder_digest(folder, digest)
+
+
+def check_coder(sources: Iterable[str], coder: str, coder_digest: str) -> None:
+    """Refuse descriptions of another coder's latents, which have the same numbers. Raises UserError in one line.
+
+    Descriptions that do not say whose they are, such as imported ones, are accepted with a warning, and so are all
+    where the exemplars do not say it either.
+    """
+    for source in sources:
+        digest = coder_digest_of(source)
+        if not digest or not coder_digest:
+            which = "descriptions" if not digest else "exemplars"
+            logger.warning("nothing says that descriptions %s are of %s: the %s name no coder", source, coder, which)
+        elif digest != coder_digest:
+            raise UserError(
+                f"descriptions {source} are of latents of another coder than {coder}, which the exemplars are of:"
+                " expected descriptions of its latents"
+            )
 
 
 def lexicon_descriptions(sae: str) -> list[Description]:

@@ -15,7 +15,7 @@ from itertools import groupby
 
 import numpy as np
 import pyarrow as pa
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from introspect_ray.config import ImportExemplarsConfig, resolved
 from introspect_ray.data.identity import identify_target
@@ -44,7 +44,7 @@ from introspect_ray.features.neuronpedia_activations import (
     read_features,
 )
 from introspect_ray.features.picking import QUANTILE, TOP, Picked
-from introspect_ray.features.windows import Window
+from introspect_ray.features.windows import Window, window
 from introspect_ray.models.loading import load_tokenizer
 from introspect_ray.tasks.base import stable_id
 
@@ -227,11 +227,30 @@ def _window(one: Activation, tokenizer: PreTrainedTokenizerBase) -> tuple[Window
     """
     first = 1 if one.tokens[0] == tokenizer.bos_token else 0
     pieces, values = one.tokens[first:], np.array(one.values[first:], dtype=np.float32)
-    encoded_text = tokenizer("".join(pieces), add_special_tokens=False, split_special_tokens=True, verbose=False)
+    encoded_text = tokenizer(
+        "".join(pieces),
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_offsets_mapping=tokenizer.is_fast,
+        verbose=False,
+    )
     ids = encoded_text.input_ids
-    if len(ids) != len(pieces) or not values.any():
+    if len(ids) != len(pieces) or not values.any() or not _cut_alike(ids, encoded_text, pieces, tokenizer):
         return None, values
     return Window(tuple(ids), pieces), values
+
+
+def _cut_alike(
+    ids: Sequence[int], encoded_text: BatchEncoding, pieces: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> bool:
+    """Whether token by token the text is what the pieces say; some tokenizers drop the space before a text."""
+    text = "".join(pieces)
+    offsets = encoded_text.get("offset_mapping") or []
+    if [text[start:end] for start, end in offsets] == list(pieces):
+        return True
+    # Offsets may leave out spaces, and say the same of every token of one character.
+    found = window(ids, tokenizer).pieces
+    return found[1:] == tuple(pieces[1:]) and found[0].lstrip() == pieces[0].lstrip()
 
 
 def _picked(made: _Block) -> Picked:

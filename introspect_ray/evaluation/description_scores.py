@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
 
@@ -108,7 +108,9 @@ class SimulationScorer:
 
         found: list[Scores] = []
         for (_, held_out), (train, scored), stage in zip(pairs, windows, stages, strict=True):
-            scores = simulation_scores(held_out.density, train, levels(train, stage), scored, levels(scored, stage))
+            skipped = stage is not None and not any(stage.may_fire("", one.window) for one in scored)
+            both = levels(train, stage), levels(scored, stage)
+            scores = simulation_scores(held_out.density, train, both[0], scored, both[1], all_skipped=skipped)
             found.append({**scores, **_stage_scores(stage, held_out.density, scored)})
         return found
 
@@ -130,6 +132,12 @@ def _stage_scores(stage: TokenLookup | None, density: float, windows: Sequence[E
     report = measure(stage, [("", exemplar) for exemplar in windows], weights)
     recall = Score(None, NEVER_FIRES) if report.recall is None else Score(report.recall)
     return dict(zip(STAGE_METRICS, (recall, Score(report.skipped)), strict=True))
+
+
+def check_sources(descriptions: Iterable[Description]) -> None:
+    """Refuse descriptions that could not be told from controls. Raises UserError."""
+    if taken := {one.source for one in descriptions} & set(CONTROLS):
+        raise UserError(f"descriptions have the source {min(taken)!r}, which is the name of a control: rename it")
 
 
 def control_descriptions(

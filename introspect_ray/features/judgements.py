@@ -38,7 +38,8 @@ def classification_scores(judgements: Sequence[Judgement]) -> dict[str, Score]:
 
     With TP, FP, TN, FN over judgements with an answer: recall TP / (TP + FN), precision TP / (TP + FP), F1 = 2 TP /
     (2 TP + FP + FN), balanced accuracy the mean of recall and TN / (TN + FP). A denominator of 0 gives no value but a
-    reason, where delphi gives 0. `auc` is of P(yes).
+    reason, where delphi gives 0; so do precision and F1 without silent windows, where nothing can be a false alarm.
+    `auc` is of P(yes).
     """
     answered = [one for one in judgements if one.prediction is not None]
     positives = [one for one in answered if one.activating]
@@ -48,10 +49,12 @@ def classification_scores(judgements: Sequence[Judgement]) -> dict[str, Score]:
     specificity = _ratio(len(negatives) - false_alarms, len(negatives), "no_answer_about_silent_windows")
     missing = next((part.reason for part in (recall, specificity) if part.reason), None)
     both = None if missing else ((recall.value or 0.0) + (specificity.value or 0.0)) / 2
+    f1 = _ratio(2 * hits, hits + false_alarms + len(positives), "no_answer_about_active_windows")
+    precision = _ratio(hits, hits + false_alarms, "nothing_judged_active")
     return {
         "balanced_accuracy": Score(both, missing),
-        "f1": _ratio(2 * hits, hits + false_alarms + len(positives), "no_answer_about_active_windows"),
-        "precision": _ratio(hits, hits + false_alarms, "nothing_judged_active"),
+        "f1": f1 if negatives or f1.reason else Score(None, specificity.reason),
+        "precision": precision if negatives or precision.reason else Score(None, specificity.reason),
         "recall": recall,
         "auc": auc([one for one in answered if one.probability is not None]),
         "failure_rate": _ratio(len(judgements) - len(answered), len(judgements), "no_windows"),

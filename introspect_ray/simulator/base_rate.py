@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from introspect_ray.features.exemplars import Exemplar
+from introspect_ray.features.windows import Window
 
 NO_WINDOWS, NO_RANDOM_WINDOWS = "no_windows", "no_random_windows"
 
@@ -31,18 +32,20 @@ def firing_share(density: float, exemplars: Sequence[Exemplar]) -> float:
 def natural_weights(density: float, exemplars: Sequence[Exemplar]) -> Float[np.ndarray, " exemplars"]:
     """Weight of every window; the weights of all tokens, each window's on every one of its tokens, sum to one.
 
-    Firing windows are those of quantiles and of random draws; the top ones, which are no fair draw, count only where
-    there are no others. Windows without firing are the random ones; those chosen for being like the top ones count
-    nothing. Where every random window fires, the few silent ones that the density speaks of have no window to stand for
-    them, and firing windows take their share; so do silent ones where none fires. Without random windows nothing says
-    what silence is like: no window counts, and `unweighted` says why.
+    Firing windows are those of quantiles and of random draws, one that is of both counted once; the top ones, which are
+    no fair draw, count only where there are no others. Windows without firing are the random ones; those chosen for
+    being like the top ones count nothing. Where every random window fires, the few silent ones that the density speaks
+    of have no window to stand for them, and firing windows take their share; so do silent ones where none fires.
+    Without random windows nothing says what silence is like: no window counts, and `unweighted` says why.
     """
     if not any(exemplar.kind == "random" for exemplar in exemplars):
         return np.zeros(len(exemplars))
     fires = np.array([bool(exemplar.activations.max() > 0) for exemplar in exemplars], dtype=bool)
     kinds = np.array([exemplar.kind for exemplar in exemplars], dtype="<U8")
     lengths = np.array([len(exemplar.window) for exemplar in exemplars], dtype=np.float64)
-    firing = fires & ((kinds == "quantile") | (kinds == "random"))
+    quantile = {_identity(one) for one in exemplars if one.kind == "quantile"}
+    again = np.array([one.kind == "random" and _identity(one) in quantile for one in exemplars], dtype=bool)
+    firing = fires & ((kinds == "quantile") | (kinds == "random")) & ~again
     if not firing.any():
         firing = fires
     silent = ~fires & (kinds == "random")
@@ -53,6 +56,10 @@ def natural_weights(density: float, exemplars: Sequence[Exemplar]) -> Float[np.n
             weights[stratum] = part / lengths[stratum].sum()
     total = float(weights @ lengths)
     return weights / total if total > 0 else weights
+
+
+def _identity(exemplar: Exemplar) -> tuple[Window, bytes]:
+    return exemplar.window, exemplar.activations.tobytes()
 
 
 def unweighted(exemplars: Sequence[Exemplar]) -> str:

@@ -6,15 +6,11 @@ any others, and goes into JSON. N tokens to fit on, M to apply to.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
-
-from introspect_ray.simulator.base import MAX_LEVEL
+from pydantic import BaseModel, ConfigDict
 
 
 @runtime_checkable
@@ -45,16 +41,6 @@ class LinearCalibration(_Saved):
 
     def apply(self, predicted: Float[np.ndarray, " M"]) -> Float[np.ndarray, " M"]:
         return self.slope * predicted + self.intercept
-
-
-class MaximumCalibration(_Saved):
-    """P2's map: level 10 is the latent's largest activation, level 0 is none, and a straight line between them."""
-
-    kind: Literal["maximum"] = "maximum"
-    maximum: float
-
-    def apply(self, predicted: Float[np.ndarray, " M"]) -> Float[np.ndarray, " M"]:
-        return predicted * (self.maximum / MAX_LEVEL)
 
 
 class QuantileCalibration(_Saved):
@@ -124,17 +110,3 @@ class QuantileCalibration(_Saved):
         # Below all that were kept nothing says where the rank is, and nothing has to: it is that of a zero.
         below = predicted < self.predicted[0] if self.predicted else np.ones(len(predicted), dtype=bool)
         return np.where(below | (place < 0), 0.0, np.asarray(self.true)[np.maximum(place, 0)])
-
-
-AnyCalibration = Annotated[LinearCalibration | MaximumCalibration | QuantileCalibration, Field(discriminator="kind")]
-_FILE: TypeAdapter[dict[str, AnyCalibration]] = TypeAdapter(dict[str, AnyCalibration])
-
-
-def save_calibrations(file: Path, calibrations: Mapping[str, AnyCalibration]) -> None:
-    """One JSON object: name of a latent -> its calibration."""
-    file.write_bytes(_FILE.dump_json(dict(calibrations)) + b"\n")
-
-
-def load_calibrations(file: Path) -> dict[str, AnyCalibration]:
-    """What `save_calibrations` wrote. Raises pydantic's ValidationError for anything else."""
-    return _FILE.validate_json(file.read_bytes())

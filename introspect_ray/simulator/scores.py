@@ -64,8 +64,12 @@ def simulation_scores(
     train_levels: Sequence[Float[np.ndarray, " T"]],
     held_out: Sequence[Exemplar],
     held_out_levels: Sequence[Float[np.ndarray, " T"]],
+    all_skipped: bool = False,
 ) -> dict[str, Score]:
     """All `METRICS` of one description, given the levels that were simulated for it. `density`: of the latent.
+
+    `all_skipped`: a first stage let none of the held-out windows pass. Where the latent fires in them that is a total
+    miss, which is worth nothing, and no description whose score nobody knows.
 
     A level that is NaN or infinite leaves none of them defined: nobody knows what the simulator meant there.
     """
@@ -80,6 +84,9 @@ def simulation_scores(
             return dict.fromkeys(METRICS, Score(None, unweighted(windows))) | paper
     at_base_rate = tokens_of(train, train_levels, weights)
     scored = tokens_of(held_out, held_out_levels, held_out_weights)
+    if all_skipped and (scored.true[scored.weights > 0] > 0).any():
+        missed = dict.fromkeys(("precision", "recall", "f1"), Score(0.0))
+        return {"correlation": Score(0.0), **paper, "specificity": Score(1.0), **missed}
     return {"correlation": correlation(at_base_rate, scored), **paper, **detection(at_base_rate, scored)}
 
 

@@ -20,7 +20,13 @@ from typing import Any
 from introspect_ray.config import DescribeConfig, resolved
 from introspect_ray.data.chat_pool import check_chat, relevant_chat
 from introspect_ray.data.claim import Claim
-from introspect_ray.data.description_files import LEXICON, SUMMARY_FILE, lexicon_descriptions, write_descriptions
+from introspect_ray.data.description_files import (
+    CODER_DIGEST,
+    LEXICON,
+    SUMMARY_FILE,
+    lexicon_descriptions,
+    write_descriptions,
+)
 from introspect_ray.data.identity import folder_digest
 from introspect_ray.data.journal import open_journal
 from introspect_ray.data.latent_rows import LatentRow, read_latent_rows, write_rows
@@ -60,6 +66,8 @@ class _Prepared:
     latents: list[tuple[int, int]]
     """(layer, latent), in order."""
     inputs: dict[str, str]
+    coder_digest: str
+    """Whose latents they are, see `check_coder`; empty where nothing says."""
     open: Callable[[Journal], AbstractContextManager[Describe]]
     """The describer, given the calls of earlier runs."""
 
@@ -181,6 +189,7 @@ def _finish(
     write_descriptions(folder, descriptions)
     content = {
         "source": prepared.source,
+        CODER_DIGEST: prepared.coder_digest,
         "latents": len(rows),
         "described": described,
         "descriptions": len(descriptions),
@@ -214,6 +223,7 @@ def _prepare_chat(config: DescribeConfig) -> _Prepared:
         f"llm:{_last_part(config.chat.name)}",
         latents,
         inputs | {f"exemplars {config.exemplars}": store.meta.run_key},
+        store.meta.coder_digest,
         lambda journal: chat_describer(config, lambda latent: store.read(latent, EXEMPLAR_SPLIT), journal),
     )
 
@@ -221,6 +231,7 @@ def _prepare_chat(config: DescribeConfig) -> _Prepared:
 def _prepare_explainer(config: DescribeConfig) -> _Prepared:
     card = read_card(config.explainer)
     known, inputs, where = _asked_about(config, card)
+    (digest,) = inputs.values()
     if layers := sorted({layer for layer, _ in known if layer >= card.target.num_layers}):
         raise UserError(
             f"{where} is of layer {layers[0]}, but explainer {config.explainer} explains"
@@ -232,6 +243,7 @@ def _prepare_explainer(config: DescribeConfig) -> _Prepared:
         f"explainer:{_last_part(config.explainer)}",
         _chosen(config, known, where),
         inputs,
+        digest,
         lambda _journal: explainer_describer(config),
     )
 
@@ -258,7 +270,11 @@ def _prepare_lexicon(config: DescribeConfig) -> _Prepared:
     latents = _chosen(config, list(labels), f"the lexicon of {config.features.sae}")
     digest = stable_id([[layer, latent, one.text] for (layer, latent), found in labels.items() for one in found])
     return _Prepared(
-        LEXICON, latents, {f"lexicon of {config.features.sae}": digest}, lambda _journal: lexicon_describer(labels)
+        LEXICON,
+        latents,
+        {f"lexicon of {config.features.sae}": digest},
+        folder_digest(coder_folder(config.features.sae)),
+        lambda _journal: lexicon_describer(labels),
     )
 
 

@@ -23,6 +23,7 @@ from introspect_ray.data.chat_pool import chat_model, check_chat, relevant_chat
 from introspect_ray.data.claim import Claim
 from introspect_ray.data.description_files import (
     JUDGEMENTS_FILE,
+    keep_coder_digest,
     read_descriptions,
     write_descriptions,
 )
@@ -30,7 +31,7 @@ from introspect_ray.data.journal import open_journal
 from introspect_ray.data.judged_shards import ShardResult, read_result, write_result
 from introspect_ray.data.storage import Folder
 from introspect_ray.errors import RunFailed, UserError
-from introspect_ray.evaluation.description_scores import Scored, control_descriptions
+from introspect_ray.evaluation.description_scores import Scored, check_sources, control_descriptions
 from introspect_ray.evaluation.description_summary import render_scores, summarise, summary_json, summary_table
 from introspect_ray.evaluation.embedding import Embedder
 from introspect_ray.evaluation.intervals import Bootstrap
@@ -164,7 +165,10 @@ class _Run:
             yield LatentJudgements(one.layer, one.latent, kind, tuple(rows), one.text)
 
     def _judged_windows(self, latent: LatentExemplars) -> LatentExemplars:
-        """As many windows in which it fires as in which it does not, drawn for the latent; fair draws come first."""
+        """As many windows in which it fires as in which it does not, drawn for the latent; fair draws come first.
+
+        The scarcer kind decides how many: without silent windows there are none at all.
+        """
         draw = random.Random(f"windows {self.config.seed} {latent.layer} {latent.latent}")
 
         def drawn_from(*kinds: str, active: bool, most: int) -> list[Exemplar]:
@@ -177,8 +181,9 @@ class _Run:
             return chosen
 
         fires = drawn_from("quantile", "top", active=True, most=self.config.windows)
-        windows = fires + drawn_from("random", "silent", active=False, most=len(fires))
-        return LatentExemplars(latent.layer, latent.latent, latent.density, latent.maximum, tuple(windows))
+        silent = drawn_from("random", "silent", active=False, most=len(fires))
+        windows = (*fires[: len(silent)], *silent)
+        return LatentExemplars(latent.layer, latent.latent, latent.density, latent.maximum, windows)
 
 
 def _prepare(config: JudgeDescriptionsConfig) -> _Run:
@@ -188,6 +193,7 @@ def _prepare(config: JudgeDescriptionsConfig) -> _Run:
         resolve_model_path(config.embedder.path)
     store = open_exemplars(config.exemplars)
     groups = candidates_of(config.descriptions, store)
+    check_sources(one for candidates in groups.values() for one in candidates)
     chosen = drawn(sorted(groups), config.max_latents, config.seed)
     own = [one for key in chosen for one in groups[key]]
     everything = list(by_latent([*own, *control_descriptions(own, config.controls, config.seed)]).values())
@@ -245,6 +251,7 @@ def _finish(run: _Run, results: Sequence[ShardResult], cost: float) -> JudgeSumm
             failures[reason] = failures.get(reason, 0) + count
     num_failed, num_calls = sum(failures.values()), sum(failures.values()) + sum(one.answers for one in results)
     write_descriptions(folder, [one.filled for one in own])
+    keep_coder_digest(folder, config.descriptions)
     folder.write(CONTROLS_NAME, description_lines(one.filled for one in controls).encode())
     texts = {(one.description.layer, one.description.latent, one.description.text) for one in own}
     lines = [

@@ -17,8 +17,10 @@ from introspect_ray.config import (
     SimulatorConfig,
 )
 from introspect_ray.data.collect import collect_exemplars
-from introspect_ray.data.description_files import lexicon_descriptions, write_descriptions
+from introspect_ray.data.description_files import lexicon_descriptions, write_coder_digest, write_descriptions
+from introspect_ray.data.identity import folder_digest
 from introspect_ray.data.storage import Folder
+from introspect_ray.features.card import coder_folder
 from introspect_ray.features.exemplar_store import coder_folders
 from introspect_ray.training.train_simulator import train_simulator
 
@@ -34,6 +36,7 @@ def pocket_simulator(config: RewriteConfig, simulator: RewriteSimulatorConfig, p
     )
     collect_exemplars(collection, lambda stage, *how: progress(f"exemplars: {stage}", *how))
     write_descriptions(Folder(descriptions), lexicon_descriptions(config.coder))
+    write_coder_digest(Folder(descriptions), folder_digest(coder_folder(config.coder)))
     output = f"{config.output}/simulators/{simulator.name}"
     own = {
         "exemplars": f"{exemplars}/{coder_folders(exemplars)[0]}",

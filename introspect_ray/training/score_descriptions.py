@@ -18,7 +18,7 @@ from typing import Any
 from introspect_ray.config import ActorConfig, ScoreDescriptionsConfig, SimulatorConfig, resolved
 from introspect_ray.data.claim import Claim
 from introspect_ray.data.cluster import connect
-from introspect_ray.data.description_files import write_descriptions
+from introspect_ray.data.description_files import keep_coder_digest, write_descriptions
 from introspect_ray.data.identity import identify_target
 from introspect_ray.data.pool import check_resources
 from introspect_ray.data.scored_exemplars import Exemplars, VectorStore, check_windows, open_scored
@@ -26,10 +26,10 @@ from introspect_ray.data.storage import Folder
 from introspect_ray.data.workers import WorkerPool, use_assigned_threads
 from introspect_ray.errors import RunFailed, UserError
 from introspect_ray.evaluation.description_scores import (
-    CONTROLS,
     FAILED,
     Scored,
     best_of,
+    check_sources,
     control_descriptions,
 )
 from introspect_ray.evaluation.description_summary import render_scores, summarise, summary_json, summary_table
@@ -128,8 +128,7 @@ def _chosen(config: ScoreDescriptionsConfig, store: Exemplars, split: LatentSpli
     groups = candidates_of(config.descriptions, store)
     if split is not None and config.only != "all":
         groups = part_of(groups, split, config.only)
-    if taken := {one.source for candidates in groups.values() for one in candidates} & set(CONTROLS):
-        raise UserError(f"descriptions have the source {min(taken)!r}, which is the name of a control: rename it")
+    check_sources(one for candidates in groups.values() for one in candidates)
     if split is not None and not groups:
         raise UserError(f"no description is of a {config.only} latent at held_out_share {split.held_out_share:g}")
     return [one for key in drawn(sorted(groups), config.max_latents, config.seed) for one in groups[key]]
@@ -207,6 +206,7 @@ def _finish(
     options = Bootstrap(samples=config.bootstrap_samples, confidence=config.confidence, seed=config.seed)
     summary = summarise(scored, best, options, store.groups() if isinstance(store, VectorStore) else None)
     write_descriptions(folder, [one.filled for one in own])
+    keep_coder_digest(folder, config.descriptions)
     folder.write(CONTROLS_NAME, description_lines(one.filled for one in controls).encode())
     folder.write(BEST_NAME, description_lines(one.filled for one in best).encode())
     facts = [

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from introspect_ray.config import LoggingConfig, TrainerConfig, TrainSimulatorConfig, differences, resolved
-from introspect_ray.data.description_files import read_descriptions
+from introspect_ray.data.description_files import check_coder, read_descriptions
 from introspect_ray.data.identity import identify_target
 from introspect_ray.data.scored_exemplars import Exemplars, check_windows
 from introspect_ray.data.splits import unit_interval
@@ -102,7 +102,11 @@ def chosen_descriptions(config: TrainSimulatorConfig, store: ExemplarStore) -> d
 
 
 def candidates_of(sources: Sequence[str], store: Exemplars) -> dict[LatentKey, list[Description]]:
-    """Descriptions of the latents that fire in the exemplars. Raises UserError if there are none."""
+    """Descriptions of the latents that fire in the exemplars.
+
+    Raises UserError if there are none, or they are of another coder.
+    """
+    check_coder(sources, store.meta.coder, store.meta.coder_digest)
     live = {(stats.layer, stats.latent) for stats in store.latents()}
     everything = by_latent(one for source in sources for one in read_descriptions(source))
     found = {key: candidates for key, candidates in everything.items() if key in live}

@@ -1,8 +1,8 @@
 """Which latents a simulator is not trained on: the only place that decides it, for training and for scoring.
 
 A latent is held out by a hash of its layer and number, so it is so in every source of descriptions. A text that also
-describes a held-out latent is trained on for none: what the simulator knows of a held-out latent's words it knows from
-other words.
+describes a held-out latent is trained on for none, but only if it is equal as a whole: another text that is trained on
+may name a word that a held-out latent's description names too.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import pytest
 from introspect_ray.config import ConvertDescriptionsConfig, SourceConfig
 from introspect_ray.data.convert_descriptions import best, convert_descriptions
 from introspect_ray.data.description_files import lexicon_descriptions, read_descriptions
+from introspect_ray.data.identity import folder_digest
 from introspect_ray.data.sources import load_source
 from introspect_ray.errors import UserError
 from introspect_ray.features.delphi import explanation_file, read_simulation
@@ -99,6 +100,16 @@ def test_ours_to_neuronpedia_and_back_is_exact(tmp_path):
         assert again == (tmp_path / "descriptions.jsonl").read_bytes()
     convert(tmp_path / "back", tmp_path / "np2", "descriptions", "neuronpedia")
     assert tree(tmp_path / "np2") == tree(tmp_path / "np")
+
+
+def test_whose_latents_are_described_is_kept_where_it_is_known(tmp_path):
+    _, summary = convert("pocket:sae", tmp_path / "a", "lexicon", "descriptions")
+    assert summary["coder_digest"] == folder_digest(POCKET_ARTIFACTS / "sae")
+    assert (
+        convert(tmp_path / "a", tmp_path / "b", "descriptions", "delphi")[1]["coder_digest"] == summary["coder_digest"]
+    )
+    (tmp_path / "a/summary.json").unlink()
+    assert "coder_digest" not in convert(tmp_path / "a", tmp_path / "c", "descriptions", "descriptions")[1]
 
 
 def test_folders_may_be_any_url(tmp_path):

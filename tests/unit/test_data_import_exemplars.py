@@ -69,12 +69,14 @@ def test_lines_become_windows_with_the_targets_ids_and_the_rest_is_counted(tmp_p
         line(3, ["The", "x"], [1.0]),
         line(3, pieces[0], values()),
         line(3, [one for piece in pieces[0] for one in piece], [1.0] * len(texts[0])),  # by letters
+        line(3, [pieces[0][0][:-1], pieces[0][0][-1] + pieces[0][1], *pieces[0][2:]], values(t1=3)),  # as many tokens
         line(4, pieces[0], values(t3=4)),
         line(9, pieces[0], values(t3=4)),  # of no feature
     ]
     text = import_exemplars(config(write(tmp_path, activations)))
     assert "5 windows of 3 of 5 latents" in text
-    for reason in ("duplicate_row", "never_fires", "tokens_and_values_differ", "tokens_are_not_the_targets"):
+    assert "; 2 not used: tokens_are_not_the_targets" in text
+    for reason in ("duplicate_row", "never_fires", "tokens_and_values_differ"):
         assert f"; 1 not used: {reason}" in text
     store = open_exemplars(str(tmp_path / "out"))
     assert (store.meta.layer, store.meta.num_latents, store.meta.coder) == (1, 5, f"neuronpedia:{SOURCE}")

@@ -42,7 +42,10 @@ def test_classification_scores_on_a_lopsided_case():
 
 def test_what_is_undefined_has_a_reason_and_no_value():
     scores = classification_scores(judged([(True, False, None), (True, None, None)]))
-    assert scores["recall"].value == 0 and scores["f1"].value == 0 and scores["failure_rate"].value == 0.5
+    assert scores["recall"].value == 0 and scores["failure_rate"].value == 0.5
+    assert scores["f1"].reason == "no_answer_about_silent_windows", "no window could have been a false alarm"
+    claimed = classification_scores(judged([(True, True, None), (True, True, None)]))
+    assert claimed["recall"].value == 1 and claimed["precision"].reason == claimed["f1"].reason == scores["f1"].reason
     assert scores["precision"] == Score(None, "nothing_judged_active")
     assert scores["balanced_accuracy"] == Score(None, "no_answer_about_silent_windows")
     assert scores["auc"] == Score(None, "no_probabilities_of_both_kinds")

@@ -6,13 +6,7 @@ import pytest
 from introspect_ray.features.exemplars import Exemplar
 from introspect_ray.features.windows import Window
 from introspect_ray.simulator.base_rate import firing_share, natural_weights, unweighted
-from introspect_ray.simulator.calibration import (
-    LinearCalibration,
-    MaximumCalibration,
-    QuantileCalibration,
-    load_calibrations,
-    save_calibrations,
-)
+from introspect_ray.simulator.calibration import LinearCalibration, QuantileCalibration
 from introspect_ray.simulator.filter import FilteredSimulator, TokenLookup, measure
 
 RNG = np.random.default_rng
@@ -33,10 +27,6 @@ def test_linear_is_least_squares():
     assert fitted.apply(np.array([2.0])) == pytest.approx([2 * slope + intercept])
     level = LinearCalibration.fit(np.ones(3), np.array([0.0, 0.0, 3.0]))
     assert (level.slope, level.intercept) == (0.0, 1.0)
-
-
-def test_maximum_is_a_straight_line():
-    assert MaximumCalibration(maximum=4.0).apply(np.array([0.0, 5.0, 10.0])).tolist() == [0.0, 2.0, 4.0]
 
 
 def test_quantiles_give_the_predictions_the_distribution_of_the_truth():
@@ -77,18 +67,11 @@ def test_ties_take_their_middle_or_draw():
     assert np.array_equal(state, np.random.get_state()[1])
 
 
-def test_a_latent_that_never_fires_stays_silent(tmp_path):
+def test_a_latent_that_never_fires_stays_silent():
     silent = QuantileCalibration.fit(np.arange(5.0), np.zeros(5))
     assert silent.apply(np.array([-1.0, 3.0, 9.0])).tolist() == [0.0, 0.0, 0.0]
-    predicted, true = lopsided(100)
-    kept = {
-        "1/2": LinearCalibration.fit(predicted, true),
-        "1/3": QuantileCalibration.fit(predicted, true, ties="jitter", seed=3),
-        "1/4": MaximumCalibration(maximum=2.5),
-        "1/5": silent,
-    }
-    save_calibrations(tmp_path / "c.json", kept)
-    assert load_calibrations(tmp_path / "c.json") == kept
+    for fitted in (silent, QuantileCalibration.fit(*lopsided(100), ties="jitter", seed=3)):
+        assert QuantileCalibration.model_validate_json(fitted.model_dump_json()) == fitted
 
 
 def exemplar(text: str, *activations: float, kind="random", quantile=None) -> Exemplar:
@@ -121,6 +104,25 @@ def test_natural_weights_restore_the_density():
     # One that fires in every random window is hardly ever silent.
     always = [exemplar("a b", 1, 0, kind="random"), exemplar("c d", 1, 1, kind="random")]
     assert natural_weights(0.7, always).tolist() == pytest.approx([0.25, 0.25])
+
+
+def test_a_window_of_two_kinds_counts_once():
+    both, other = [9.0, 9, 9, 0], [1.0, 0, 0, 0]
+    exemplars = [
+        exemplar("a b c d", *both, kind="quantile", quantile=1),
+        exemplar("e f g h", *other, kind="quantile", quantile=0),
+        exemplar("a b c d", *both),
+        exemplar("i j k l", *other),
+        *[exemplar("m n o p", 0, 0, 0, 0)] * 2,
+    ]
+    weights = natural_weights(0.1, exemplars)
+    once = natural_weights(0.1, exemplars[:2] + exemplars[3:])
+    assert weights[2] == 0 and np.delete(weights, 2).tolist() == once.tolist()
+    # 5 of the 12 tokens of windows in which it fires, not 8 of 16.
+    assert once[[0, 1, 2]].sum() * 4 == pytest.approx(0.1 * 12 / 5)
+    # Equal words elsewhere, with other activations, are another window.
+    exemplars[2] = exemplar("a b c d", 9, 0, 0, 0)
+    assert natural_weights(0.1, exemplars)[2] > 0
 
 
 def test_first_stage_skips_what_cannot_fire_and_says_what_it_loses():

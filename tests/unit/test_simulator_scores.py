@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from introspect_ray.features.exemplars import Exemplar
+from introspect_ray.evaluation.description_scores import SimulationScorer
+from introspect_ray.features.exemplars import Exemplar, LatentExemplars
 from introspect_ray.features.windows import Window
 from introspect_ray.simulator.base_rate import NO_RANDOM_WINDOWS, NO_WINDOWS
 from introspect_ray.simulator.scores import (
@@ -121,6 +122,29 @@ def test_a_level_that_is_no_number_leaves_nothing_defined():
     for train, held_out in ((broken, levels), (levels, broken)):
         found = simulation_scores(0.01, windows, train, windows, held_out)
         assert {found[name].reason for name in METRICS} == {NOT_FINITE}
+
+
+def test_a_latent_whose_windows_a_first_stage_skips_is_a_total_miss():
+    """Two firing windows of other tokens than those of the training texts, among many silent ones."""
+    silent = [exemplar([0, 0, 0, 0], "random", 10 * n + 100) for n in range(9)]
+    train = LatentExemplars(0, 1, 0.01, 4.0, (exemplar([0, 4, 0, 0], "quantile", 0), *silent))
+    missed = LatentExemplars(0, 1, 0.01, 4.0, (*(exemplar([0, 3, 1, 0], "quantile", n) for n in (40, 50)), *silent))
+
+    class Ones:
+        def simulate(self, _, windows):
+            return [np.array([float(10 * (piece == "1")) for piece in one.pieces]) for one in windows]
+
+    def scored(held_out, share):
+        return SimulationScorer(Ones(), {(0, 1): train}, share).score([("x", held_out)])[0]
+
+    found = scored(missed, 0.1)
+    assert {name: found[name].value for name in METRICS} == {
+        **dict.fromkeys(("correlation", "precision", "recall", "f1"), 0.0), "specificity": 1.0, "paper_compat": None,
+    }  # fmt: skip
+    assert (found["first_stage_recall"].value, found["first_stage_skipped"].value) == (0.0, pytest.approx(1.0))
+    assert scored(missed, None)["correlation"].reason == CONSTANT, "without a stage nobody knows"
+    never = scored(LatentExemplars(0, 1, 0.01, 4.0, tuple(silent)), 0.1)
+    assert never["correlation"].reason == never["recall"].reason == NEVER_FIRES
 
 
 def test_what_is_undefined_has_a_reason_and_is_no_zero():

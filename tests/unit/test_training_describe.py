@@ -22,7 +22,7 @@ NUM_LATENTS = 7
 class FakeStore:
     """Latent n fires on the token ` word-n`; the last one in no window."""
 
-    meta = SimpleNamespace(run_key="exemplars of a test")
+    meta = SimpleNamespace(run_key="exemplars of a test", coder_digest="one")
 
     def latents(self):
         return [SimpleNamespace(layer=2, latent=10 * n) for n in range(NUM_LATENTS)]

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,8 @@ from exemplar_helpers import Failure, ScriptedChat, exemplar
 import introspect_ray.training.judge_descriptions as judge_module
 from introspect_ray.config import ConvertDescriptionsConfig, JudgeDescriptionsConfig
 from introspect_ray.data.convert_descriptions import convert_descriptions, read_descriptions
+from introspect_ray.data.description_files import coder_digest_of, write_coder_digest
+from introspect_ray.data.storage import Folder
 from introspect_ray.errors import RunFailed, UserError
 from introspect_ray.features.descriptions import Description, description_lines
 from introspect_ray.features.exemplars import LatentExemplars
@@ -23,7 +26,7 @@ class FakeStore:
     """Latent n fires on WORDS[n]."""
 
     url = "exemplars"
-    meta = SimpleNamespace(run_key="test", layer=1, coder="pocket:sae")
+    meta = SimpleNamespace(run_key="test", layer=1, coder="pocket:sae", coder_digest="one")
 
     def latents(self):
         return [SimpleNamespace(layer=1, latent=n) for n in range(len(WORDS))]
@@ -117,6 +120,46 @@ def test_descriptions_are_scored_beside_controls_and_their_judgements_go_to_delp
 def test_a_rare_latent_is_judged_on_each_of_its_windows_once_and_on_as_many_others(tmp_path, chat):
     run(config(tmp_path, windows=10))
     assert len(chat.asked) == 2 * (5 + 5) * 10, "of its 6 firing exemplars two are one window"
+
+
+def test_descriptions_that_could_not_be_told_from_controls_are_refused(tmp_path, chat):
+    path = tmp_path / "of_a_control.jsonl"
+    path.write_text(description_lines([Description(1, 0, "cat", "shuffled")]))
+    with pytest.raises(UserError, match=r"have the source 'shuffled', which is the name of a control: rename it$"):
+        run(config(tmp_path, descriptions=(str(path),), controls=()))
+    assert not chat.asked and not (tmp_path / "out").exists()
+
+
+def test_descriptions_of_another_coder_are_refused_and_those_of_nobody_knows_whom_are_not(tmp_path, chat, caplog):
+    settings = config(tmp_path, methods=("detection",), controls=())
+    write_coder_digest(Folder(str(tmp_path)), "two")
+    with pytest.raises(UserError, match=r"are of latents of another coder than pocket:sae, which .* of its latents$"):
+        run(settings)
+    assert not chat.asked and not (tmp_path / "out").exists() and not caplog.records
+    write_coder_digest(Folder(str(tmp_path)), "one")
+    run(settings)
+    assert coder_digest_of(str(tmp_path / "out")) == "one" and not caplog.records
+    (tmp_path / "summary.json").write_text("[]")
+    run(settings.model_copy(update={"output": str(tmp_path / "again")}))
+    assert "are of pocket:sae: the descriptions name no coder" in caplog.text
+    assert coder_digest_of(str(tmp_path / "again")) == ""
+
+
+def test_a_latent_with_few_silent_windows_is_judged_on_as_few_of_its_own(tmp_path, chat, monkeypatch):
+    read = FakeStore.read
+
+    def lopsided(self, latent, split):
+        found = read(self, latent, split)
+        silent = [one for one in found.exemplars if not one.activations.any()][:latent]
+        return replace(found, exemplars=(*(one for one in found.exemplars if one.activations.any()), *silent))
+
+    monkeypatch.setattr(FakeStore, "read", lopsided)
+    run(config(tmp_path, methods=("detection",), controls=()))
+    assert len(chat.asked) == 2 * (0 + 1 + 2)
+    always, rare = scores(tmp_path)["other"], scores(tmp_path)["llm:x"]
+    assert always["detection/failure_rate"]["undefined"] == {"no_windows": 1}
+    assert "value" not in always["detection/f1"] or always["detection/f1"]["value"] is None
+    assert rare["detection/f1"]["n"] == rare["detection/precision"]["n"] == 2
 
 
 def test_what_failed_is_counted_and_asked_again_and_the_end_is_the_same(tmp_path, chat):
