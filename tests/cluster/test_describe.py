@@ -41,7 +41,7 @@ TWO = ActorConfig(initial_size=2, max_size=2)
 
 
 class Store:
-    meta = SimpleNamespace(run_key="exemplars of a test")
+    meta = SimpleNamespace(run_key="exemplars of a test", coder_digest="one")
 
     def latents(self):
         return [SimpleNamespace(layer=1, latent=n) for n in range(len(WORDS))]

@@ -11,8 +11,10 @@ from exemplar_helpers import exemplar
 
 import introspect_ray.training.describe as describe_module
 from introspect_ray.config import ChatConfig, DescribeConfig, EndpointConfig
-from introspect_ray.data.description_files import lexicon_descriptions, read_descriptions
+from introspect_ray.data.description_files import coder_digest_of, lexicon_descriptions, read_descriptions
+from introspect_ray.data.identity import folder_digest
 from introspect_ray.errors import RunFailed, UserError
+from introspect_ray.features.card import coder_folder
 from introspect_ray.features.exemplars import LatentExemplars
 from introspect_ray.training.describe import describe_latents
 
@@ -236,6 +238,7 @@ def test_the_lexicon_is_looked_up(tmp_path):
     labels = lexicon_descriptions("pocket:sae")
     last = labels[-1].latent
     summary, _ = run(DescribeConfig(output=str(tmp_path / "out"), latents=(last, 0)))
+    assert coder_digest_of(str(tmp_path / "out")) == folder_digest(coder_folder("pocket:sae"))
     assert summary.num_latents == 2
     assert read_descriptions(str(tmp_path / "out")) == [one for one in labels if one.latent in (0, last)]
 
