@@ -27,6 +27,7 @@ from introspect_ray.data.pool import OrderWorker, Pool, check_resources, run_ord
 from introspect_ray.data.rewrite_texts import TextShard
 from introspect_ray.data.shards import ShardOrder
 from introspect_ray.data.storage import Folder
+from introspect_ray.data.workers import use_assigned_threads
 from introspect_ray.data.writer import DeviceFailed
 from introspect_ray.features.coder import ActiveLatents
 from introspect_ray.features.sae import load_sae
@@ -62,11 +63,9 @@ class StepWorker(OrderWorker):
     """Holds what `load` loads and does one order after the other."""
 
     def __init__(self, load: Callable[[], Work], orders: Sequence[Any], folder: Folder, run_id: str):
-        # Ray sets OMP_NUM_THREADS to the actor's CPUs; torch read it when it was imported, which may be earlier.
-        context = ray.get_runtime_context()
-        torch.set_num_threads(max(1, int(context.get_assigned_resources().get("CPU", 1))))
+        use_assigned_threads()
         self.orders = orders
-        with counted_loading(folder, run_id, context.get_actor_id() or ""):
+        with counted_loading(folder, run_id, ray.get_runtime_context().get_actor_id() or ""):
             self.work = load()
 
     def make(self, order: ShardOrder) -> str:

@@ -16,7 +16,6 @@ from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import ray
 from ray import serve
 
 from introspect_ray.config import BatchingConfig, ServeConfig, ServedSimulator, ServedTarget
@@ -45,10 +44,11 @@ class _Replica:
     """What the replicas that hold models share."""
 
     def __init__(self) -> None:
+        from introspect_ray.data.workers import use_assigned_threads
         from introspect_ray.serving.model_thread import ModelThread
 
-        # Ray sets OMP_NUM_THREADS to the actor's CPUs; torch read it when it was imported, which may be earlier.
-        self._thread = ModelThread(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
+        use_assigned_threads()
+        self._thread = ModelThread()
 
     async def ping(self) -> int:
         """Process id of this replica."""

@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-import torch
-
 from introspect_ray.serving.api import Failed, failed
 
 A = TypeVar("A")
@@ -25,9 +23,7 @@ BROKEN = "CUDA error"
 class ModelThread:
     """Runs calls one after the other, while the event loop answers health checks and collects the next batch."""
 
-    def __init__(self, num_threads: int):
-        """`num_threads`: of torch."""
-        torch.set_num_threads(num_threads)
+    def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(1)
         self._is_broken = False
 

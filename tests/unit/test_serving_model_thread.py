@@ -12,7 +12,7 @@ from introspect_ray.serving.model_thread import ModelThread, by_request
 
 @pytest.fixture
 def thread():
-    return ModelThread(1)
+    return ModelThread()
 
 
 def test_calls_run_one_after_the_other_and_off_the_loop(thread):
