@@ -11,7 +11,6 @@ import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -29,6 +28,7 @@ from introspect_ray.data.texts import Texts, read_texts
 from introspect_ray.errors import UserError
 from introspect_ray.features.reading import read_places
 from introspect_ray.interventions.target import Target
+from introspect_ray.models.paths import absolute
 from introspect_ray.models.tokens import position_of
 from introspect_ray.tasks.activation_patching import ActivationPatching
 from introspect_ray.tasks.base import stable_id
@@ -126,8 +126,7 @@ class VectorRun:
 
 def prepare(config: CollectVectorsConfig) -> VectorRun:
     """Check a run from end to end and choose its texts and prompts. Raises UserError; writes nothing."""
-    if "://" not in config.output:
-        config = config.model_copy(update={"output": str(Path(config.output).expanduser().absolute())})
+    config = config.model_copy(update={"output": absolute(config.output)})
     target = identify_target(config.target)
     for layer in config.layers:
         if layer >= target.num_layers:

@@ -38,6 +38,17 @@ def resolve_model_path(path: str) -> str:
     )
 
 
+def absolute(path: str) -> str:
+    """A local path made absolute, because workers have a working directory of their own; URLs and `pocket:` stay."""
+    return path if "://" in path or path.startswith(POCKET_PREFIX) else str(Path(path).expanduser().absolute())
+
+
+def with_absolute_path(model: ModelConfig) -> ModelConfig:
+    """The same for a model; a hub id stays."""
+    is_local = Path(model.path).expanduser().is_dir()
+    return model.model_copy(update={"path": absolute(model.path)}) if is_local else model
+
+
 def _pocket_folder(path: str) -> str:
     name = path.removeprefix(POCKET_PREFIX)
     shipped = sorted(config.parent.name for config in POCKET_ARTIFACTS.glob("*/config.json"))

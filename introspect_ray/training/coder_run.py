@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -22,6 +21,7 @@ from introspect_ray.data.texts import Texts, read_texts
 from introspect_ray.errors import UserError
 from introspect_ray.features.batch_topk import BatchTopKConfig
 from introspect_ray.features.places import Place
+from introspect_ray.models.paths import absolute, with_absolute_path
 from introspect_ray.tasks.base import stable_id
 
 REPORT_FILE = "training.json"
@@ -127,12 +127,7 @@ def prepare(config: TrainCoderConfig) -> Prepared:
 
 
 def _absolute(config: TrainCoderConfig) -> TrainCoderConfig:
-    """Local paths made absolute, because workers have a working directory of their own."""
-    model = config.target
-    if Path(model.path).expanduser().is_dir():
-        model = model.model_copy(update={"path": str(Path(model.path).expanduser().absolute())})
-    output = config.output if "://" in config.output else str(Path(config.output).expanduser().absolute())
-    return config.model_copy(update={"output": output, "target": model})
+    return config.model_copy(update={"output": absolute(config.output), "target": with_absolute_path(config.target)})
 
 
 def _relevant(config: TrainCoderConfig) -> dict[str, Any]:

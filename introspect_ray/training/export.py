@@ -6,7 +6,6 @@ Ours, or one that P1 published, which becomes one of ours.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from introspect_ray.config import ExportConfig, ModelConfig
@@ -17,6 +16,7 @@ from introspect_ray.errors import UserError
 from introspect_ray.explainer.card import TargetInfo, read_card
 from introspect_ray.explainer.model import Explainer
 from introspect_ray.explainer.published import is_published, load_published
+from introspect_ray.models.paths import absolute
 from introspect_ray.training.model_card import readme
 from introspect_ray.training.run import METRICS_FILE, TRAINING_FILE
 
@@ -101,7 +101,6 @@ def _scores(config: ExportConfig) -> tuple[dict[str, Any], dict[str, str]]:
 
 def _same(one: str, other: str) -> bool:
     def plain(url: str) -> str:
-        url = url.removeprefix("file://").rstrip("/")
-        return url if "://" in url else str(Path(url).expanduser().absolute())
+        return absolute(url.removeprefix("file://").rstrip("/"))
 
     return plain(one) == plain(other)

@@ -10,7 +10,6 @@ import importlib.util
 import json
 import logging
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from pydantic import ValidationError
@@ -35,6 +34,7 @@ from introspect_ray.explainer.card import CARD_FILE, TargetInfo, is_remote
 from introspect_ray.explainer.files import check_modules
 from introspect_ray.explainer.fitted import read_alignment, read_maps
 from introspect_ray.explainer.projections import resolve_kind
+from introspect_ray.models.paths import absolute, with_absolute_path
 from introspect_ray.models.shapes import model_shape
 from introspect_ray.tasks.base import stable_id
 from introspect_ray.training.batches import num_steps
@@ -235,14 +235,6 @@ def has_dropout(config: TrainConfig) -> bool:
 
 
 def _absolute(config: TrainConfig) -> TrainConfig:
-    """Local paths made absolute, because workers have a working directory of their own."""
-
-    def absolute(path: str) -> str:
-        return path if "://" in path else str(Path(path).expanduser().absolute())
-
-    model = config.explainer.model
-    if Path(model.path).expanduser().is_dir():
-        model = model.model_copy(update={"path": absolute(model.path)})
     fitted = config.explainer.fitted_projection
     uri = config.logging.mlflow_uri
     return config.model_copy(
@@ -251,7 +243,10 @@ def _absolute(config: TrainConfig) -> TrainConfig:
             "datasets": tuple(absolute(url) for url in config.datasets),
             "output": absolute(config.output),
             "explainer": config.explainer.model_copy(
-                update={"model": model, "fitted_projection": fitted and absolute(fitted)}
+                update={
+                    "model": with_absolute_path(config.explainer.model),
+                    "fitted_projection": fitted and absolute(fitted),
+                }
             ),
         }
     )

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from introspect_ray.config import ActorConfig, ScoreDescriptionsConfig, SimulatorConfig, resolved
@@ -36,13 +35,14 @@ from introspect_ray.evaluation.description_summary import render_scores, summari
 from introspect_ray.evaluation.intervals import Bootstrap
 from introspect_ray.explainer.card import is_remote
 from introspect_ray.features.descriptions import Description, by_latent, description_lines
+from introspect_ray.models.paths import absolute, with_absolute_path
 from introspect_ray.simulator.base import Simulator
 from introspect_ray.simulator.finetuned import LatentSplit
 from introspect_ray.simulator.loading import check_simulator, load_simulator
 from introspect_ray.simulator.scores import NOT_FINITE
 from introspect_ray.tasks.base import stable_id
 from introspect_ray.training.score_shards import Shard, read_shard, write_shard
-from introspect_ray.training.simulator_run import absolute, candidates_of, drawn
+from introspect_ray.training.simulator_run import candidates_of, drawn
 from introspect_ray.training.simulator_split import part_of, split_of_simulator
 
 SCORES_NAME, REPORT_NAME, BEST_NAME, CONTROLS_NAME = "scores.json", "report.html", "best.jsonl", "controls.jsonl"
@@ -240,8 +240,7 @@ def _which(config: ScoreDescriptionsConfig, split: LatentSplit | None) -> str:
 
 
 def _absolute(config: ScoreDescriptionsConfig) -> ScoreDescriptionsConfig:
-    model = config.simulator.model
-    local = config.simulator.model_copy(update={"model": model.model_copy(update={"path": _path(model.path)})})
+    local = config.simulator.model_copy(update={"model": with_absolute_path(config.simulator.model)})
     return config.model_copy(
         update={
             "simulator": local,
@@ -251,8 +250,3 @@ def _absolute(config: ScoreDescriptionsConfig) -> ScoreDescriptionsConfig:
             "split_of": config.split_of and absolute(config.split_of),
         }
     )
-
-
-def _path(path: str) -> str:
-    """A local folder made absolute; a hub id stays."""
-    return absolute(path) if Path(path).expanduser().is_dir() else path

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from introspect_ray.config import LoggingConfig, TrainerConfig, TrainSimulatorConfig, differences, resolved
@@ -20,6 +19,7 @@ from introspect_ray.data.storage import TEMPORARY, Folder
 from introspect_ray.errors import UserError
 from introspect_ray.features.descriptions import Description, by_latent, description_lines
 from introspect_ray.features.exemplar_store import ExemplarStore, open_exemplars
+from introspect_ray.models.paths import absolute, with_absolute_path
 from introspect_ray.simulator.examples import LatentKey
 from introspect_ray.simulator.finetuned import SIMULATOR_FILE, LatentSplit
 from introspect_ray.tasks.base import stable_id
@@ -148,18 +148,10 @@ def relevant(config: TrainSimulatorConfig) -> TrainSimulatorConfig:
     return config.model_copy(update=reset)
 
 
-def absolute(path: str) -> str:
-    """A local path made absolute, because workers have a working directory of their own; URLs as they are."""
-    return path if "://" in path or path.startswith("pocket:") else str(Path(path).expanduser().absolute())
-
-
 def _absolute(config: TrainSimulatorConfig) -> TrainSimulatorConfig:
-    model = config.model
-    if Path(model.path).expanduser().is_dir():
-        model = model.model_copy(update={"path": absolute(model.path)})
     return config.model_copy(
         update={
-            "model": model,
+            "model": with_absolute_path(config.model),
             "exemplars": absolute(config.exemplars),
             "descriptions": tuple(map(absolute, config.descriptions)),
             "output": absolute(config.output),
