@@ -7,8 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -53,20 +52,28 @@ def config_of(folder: Path, output: str, **changes: object) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def one_worker(folder):
-    """Summary and progress calls of the undisturbed run; Ray stays connected for the tests that follow."""
+def second_node():
+    """A cluster of two nodes, which takes a lost one for lost after seconds.
+
+    The node is there before any run: Ray Train sizes its groups by a view of the cluster up to 20 s old.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("RAY_health_check_period_ms", "1000")
+        with connect():
+            node = Node()
+            try:
+                yield node
+            finally:
+                node.die()
+
+
+@pytest.fixture(scope="module")
+def one_worker(folder, second_node):
+    """Summary and progress calls of the undisturbed run."""
+    assert second_node.is_alive()
     seen = []
-    with pytest.MonkeyPatch.context() as patch, connect_quick(patch):
-        yield train_explainer(config_of(folder, "one"), lambda *progress: seen.append(progress)), seen
-
-
-@contextmanager
-def connect_quick(patch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A cluster that takes a lost node for lost after seconds."""
-    patch.delenv("RAY_ADDRESS", raising=False)
-    patch.setenv("RAY_health_check_period_ms", "1000")
-    with connect():
-        yield
+    return train_explainer(config_of(folder, "one"), lambda *progress: seen.append(progress)), seen
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -101,11 +108,16 @@ class Node:
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + START_LIMIT_S
         while ray.cluster_resources().get("CPU", 0) < 2 * CPUS:
-            assert time.monotonic() < deadline and self._process.poll() is None, "the node did not join"
+            assert time.monotonic() < deadline and self.is_alive(), "the node did not join"
             time.sleep(0.1)
 
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
     def die(self) -> None:
-        """At once, with all that runs there."""
+        """At once, with all that runs there; a second time nothing happens."""
+        if not self.is_alive():
+            return
         there = psutil.Process(self._process.pid)
         for process in [there, *there.children(recursive=True)]:
             with suppress(psutil.NoSuchProcess):
@@ -114,7 +126,7 @@ class Node:
 
 
 @pytest.mark.usefixtures("one_worker")
-def test_two_workers_equal_one_and_one_goes_on_when_the_other_and_its_node_are_lost(folder, monkeypatch):
+def test_two_workers_equal_one_and_one_goes_on_when_the_other_and_its_node_are_lost(folder, second_node, monkeypatch):
     """They share evaluations and stop alike: patience runs out on a model that never answers in the right form, so the
     first evaluation stays the best."""
     told: list[str] = []
@@ -128,12 +140,11 @@ def test_two_workers_equal_one_and_one_goes_on_when_the_other_and_its_node_are_l
     one = fit(run, Workers(0, 1))
     sizes = {"num_workers": 2, "min_workers": 1, "cpus_per_worker": CPUS}
     config = config_of(folder, "two", **settings, **{f"trainer__{name}": value for name, value in sizes.items()})
-    node = Node()
 
     def lose() -> None:
         while not (folder / "two" / "checkpoints" / "step_000005" / "state.json").exists():
             time.sleep(0.01)
-        node.die()
+        second_node.die()
 
     thread = threading.Thread(target=lose, daemon=True)
     thread.start()
@@ -156,7 +167,7 @@ def test_two_workers_equal_one_and_one_goes_on_when_the_other_and_its_node_are_l
         torch.testing.assert_close(second[name], weight, **SAME)
 
 
-@pytest.mark.usefixtures("one_worker")
+@pytest.mark.usefixtures("second_node")
 def test_failures_that_repeat_end_the_run_with_their_line(folder):
     with pytest.raises(UserError, match=r"trainer.num_workers 900 x trainer.cpus_per_worker 1 needs 900 CPUs"):
         train_explainer(config_of(folder, "many", trainer__num_workers=900), lambda *_: None)
