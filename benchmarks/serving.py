@@ -6,9 +6,11 @@
     batching   16 clients that each ask again at once (closed loop), with batches of up to 16 and one by one; both must
                give the library's own answers before anything is timed
 
-Starts the service on this machine with the pocket target and one explainer: `--explainer FOLDER`, or an untrained one
-that starts from target A. Prints tables; the last line is one JSON object with `batched`, `unbatched` (requests per
-second), `ratio` and `errors`.
+Starts the service on this machine with the pocket target and two explainers of it: a small one (`--explainer FOLDER`,
+or an untrained one that starts from target A), where HTTP and Serve cost more than the model, and an untrained one of
+the size of GPT-2 small (115M parameters), the smallest that people bring. Prints tables; the last line is one JSON
+object with `batched`, `unbatched` (requests per second of the larger one), `ratio`, `small_ratio` (of the small one)
+and `errors`.
 
     python benchmarks/serving.py --rates 5 20 40 --kills 3
 """
@@ -24,13 +26,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import ray
+import torch
 from ray import serve
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from introspect_ray.config import (
     POCKET_FEATURES,
@@ -47,94 +51,130 @@ from introspect_ray.explainer.card import TargetInfo
 from introspect_ray.explainer.model import Explainer
 from introspect_ray.explainer.query import Query, Vector
 from introspect_ray.features.sae import load_sae
+from introspect_ray.models.paths import resolve_model_path
 from introspect_ray.serving.api import Explanation, LatentItem
 from introspect_ray.serving.app import application
 from introspect_ray.serving.calls import EXPLAINERS, target_deployment
 from introspect_ray.serving.client import AsyncClient, Retries, ServiceError
 from introspect_ray.serving.run import APPLICATION, Service, serving
 
-NAME = "explainer"
-LATENTS = 128
-"""Latents that are asked about, one after the other."""
+LATENTS = {"small": 128, "larger": 32}
+"""Latents that each explainer is asked about, one after the other."""
+WIDTH, LAYERS, HEAD_WIDTH = 768, 12, 64
+"""Of the larger explainer's model: those of GPT-2 small."""
 
 
 def main() -> None:
     options = parsed()
     with tempfile.TemporaryDirectory() as place:
-        folder = options.explainer or untrained(f"{place}/explainer")
-        expected = library_answers(folder)
-        found: dict[str, Any] = {"errors": 0}
-        batched, unbatched = (config_of(folder, size) for size in (options.clients, 1))
+        folders = {
+            "small": options.explainer or untrained(f"{place}/small", ModelConfig(device="cpu")),
+            "larger": untrained(f"{place}/larger", ModelConfig(path=larger_model(f"{place}/model"), device="cpu")),
+        }
+        asked = {name: Asked(name, library_answers(folder, LATENTS[name])) for name, folder in folders.items()}
+        small = asked["small"]
+        rates: dict[str, dict[str, float]] = {name: {} for name in asked}
+        errors = 0
+        batched, unbatched = (config_of(folders, size) for size in (options.clients, 1))
         with serving(batched) as service:
             for kind in ("batched", "unbatched"):
                 if kind == "unbatched":
-                    found["errors"] += update(service, unbatched, expected, options.clients)
-                found["errors"] += asyncio.run(check(service.url, expected))
-                rate, errors = asyncio.run(closed_loop(service.url, options.clients, options.seconds))
-                found[kind] = round(rate, 1)
-                found["errors"] += errors
-                print(f"{kind}: {rate:.1f} requests/s with {options.clients} clients, {errors} errors", flush=True)
-            found["errors"] += update(service, batched, expected, options.clients)
+                    errors += update(service, unbatched, small, options.clients)
+                for name, one in asked.items():
+                    errors += asyncio.run(check(service.url, one))
+                    rates[name][kind], failed = asyncio.run(
+                        closed_loop(service.url, one, options.clients, options.seconds)
+                    )
+                    errors += failed
+                    print(
+                        f"{name}, {kind}: {rates[name][kind]:.1f} requests/s with {options.clients} clients, ", end=""
+                    )
+                    print(f"{failed} errors", flush=True)
+            errors += update(service, batched, small, options.clients)
             for rate in options.rates:
-                found["errors"] += asyncio.run(open_loop(service.url, rate, options.seconds))
+                errors += asyncio.run(open_loop(service.url, small, rate, options.seconds))
             if options.kills:
-                found["errors"] += kills(service, expected, options)
-        found["ratio"] = round(found["batched"] / found["unbatched"], 2)
-    print(json.dumps({key: found[key] for key in ("batched", "unbatched", "ratio", "errors")}))
+                errors += kills(service, small, options)
+    ratios = {name: round(found["batched"] / found["unbatched"], 2) for name, found in rates.items()}
+    found = {kind: round(rate, 1) for kind, rate in rates["larger"].items()}
+    print(json.dumps({**found, "ratio": ratios["larger"], "small_ratio": ratios["small"], "errors": errors}))
 
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--explainer", help="folder of an explainer of pocket:target_a")
+    parser.add_argument("--explainer", help="folder of a small explainer of pocket:target_a")
     parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--seconds", type=float, default=10, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=20, help="of each measurement")
     parser.add_argument("--kills", type=int, default=0, help="of each kind of replica")
     parser.add_argument("--rates", type=float, nargs="*", default=[5, 20], help="requests per second")
     return parser.parse_args()
 
 
-def untrained(folder: str) -> str:
-    """An explainer that was never trained; it takes as long to answer as one that was."""
-    info = TargetInfo(path="pocket:target_a", width=160, num_layers=4)
-    Explainer.create(ExplainerConfig(model=ModelConfig(device="cpu")), info, seed=0).save(folder)
+@dataclass(frozen=True)
+class Asked:
+    """An explainer of the service, and what the library says about the latents that it is asked about."""
+
+    name: str
+    expected: Sequence[str]
+
+    async def ask(self, client: AsyncClient, number: int) -> bool:
+        """Whether the answer about a latent is the library's; the numbers start again after the last one."""
+        latent = number % len(self.expected)
+        (answer,) = await client.explain(self.name, [LatentItem(kind="latent", coder="sae", latent=latent)])
+        return isinstance(answer, Explanation) and answer.explanation == self.expected[latent]
+
+
+def larger_model(folder: str) -> str:
+    """A model of target A's kind in the size of GPT-2 small, with random weights."""
+    pocket = resolve_model_path("pocket:target_a")
+    config = AutoConfig.from_pretrained(pocket)
+    config.hidden_size, config.num_hidden_layers, config.head_dim = WIDTH, LAYERS, HEAD_WIDTH
+    config.num_attention_heads = config.num_key_value_heads = WIDTH // HEAD_WIDTH
+    config.intermediate_size = 4 * WIDTH
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(pocket).save_pretrained(folder)
     return folder
 
 
-def library_answers(folder: str) -> list[str]:
+def untrained(folder: str, model: ModelConfig) -> str:
+    """An explainer that was never trained; it takes as long to answer as one that was."""
+    info = TargetInfo(path="pocket:target_a", width=160, num_layers=4)
+    Explainer.create(ExplainerConfig(model=model), info, seed=0).save(folder)
+    return folder
+
+
+def library_answers(folder: str, latents: int) -> list[str]:
     """What the explainer says about each latent, asked about one by one and without the service."""
     explainer, coder = Explainer.load(folder, "cpu", "float32"), load_sae("pocket:sae")
     before, after = POCKET_FEATURES.question.split("{vector}")
-    vectors = [coder.feature_vectors[latent].numpy() for latent in range(LATENTS)]
+    vectors = [coder.feature_vectors[latent].numpy() for latent in range(latents)]
     return explainer.explain([Query((before, Vector(one, (coder.layer,)), after)) for one in vectors], batch_size=1)
 
 
-def config_of(folder: str, batch_size: int) -> ServeConfig:
+def config_of(folders: Mapping[str, str], batch_size: int) -> ServeConfig:
     return ServeConfig(
         port=0,
         quickstart=None,
         targets=(ServedTarget(coders=(ServedCoder(),)),),
-        explainers=(ServedExplainer(name=NAME, folder=folder, features=POCKET_FEATURES),),
+        explainers=tuple(
+            ServedExplainer(name=name, folder=folder, features=POCKET_FEATURES) for name, folder in folders.items()
+        ),
         simulators=(),
         batching=BatchingConfig(max_size=batch_size),
-        limits=LimitsConfig(seconds=30),
+        limits=LimitsConfig(seconds=60),
     )
 
 
-async def ask(client: AsyncClient, number: int) -> str:
-    (answer,) = await client.explain(NAME, [LatentItem(kind="latent", coder="sae", latent=number % LATENTS)])
-    return answer.explanation if isinstance(answer, Explanation) else answer.error.message
-
-
-async def check(url: str, expected: Sequence[str]) -> int:
+async def check(url: str, asked: Asked) -> int:
     """Answers that differ from the library's, all asked at once; also warms the service up."""
     async with AsyncClient(url) as client:
-        texts = await asyncio.gather(*(ask(client, number) for number in range(len(expected))))
-    wrong = sum(text != right for text, right in zip(texts, expected, strict=True))
-    print(f"{len(expected) - wrong} of {len(expected)} answers equal the library's", flush=True)
-    return wrong
+        right = await asyncio.gather(*(asked.ask(client, number) for number in range(len(asked.expected))))
+    print(f"{asked.name}: {sum(right)} of {len(right)} answers equal the library's", flush=True)
+    return len(right) - sum(right)
 
 
-async def closed_loop(url: str, clients: int, seconds: float) -> tuple[float, int]:
+async def closed_loop(url: str, asked: Asked, clients: int, seconds: float) -> tuple[float, int]:
     """Answers per second, and errors, of clients that each ask again as soon as they are answered."""
     deadline = time.monotonic() + seconds
     counts = {"answers": 0, "errors": 0}
@@ -144,8 +184,7 @@ async def closed_loop(url: str, clients: int, seconds: float) -> tuple[float, in
             number = start
             while time.monotonic() < deadline:
                 try:
-                    await ask(client, number)
-                    counts["answers"] += 1
+                    counts["answers" if await asked.ask(client, number) else "errors"] += 1
                 except ServiceError:
                     counts["errors"] += 1
                 number += clients
@@ -158,18 +197,18 @@ async def closed_loop(url: str, clients: int, seconds: float) -> tuple[float, in
 class Load:
     """Clients that ask without pause inside the block, and compare every answer with the library's."""
 
-    def __init__(self, url: str, expected: Sequence[str], clients: int, retries: Retries):
+    def __init__(self, url: str, asked: Asked, clients: int, retries: Retries):
         self.answered = 0
         self.wrong = 0
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._run(url, expected, clients, retries)))
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run(url, asked, clients, retries)))
 
-    async def _run(self, url: str, expected: Sequence[str], clients: int, retries: Retries) -> None:
+    async def _run(self, url: str, asked: Asked, clients: int, retries: Retries) -> None:
         async def client(number: int) -> None:
             async with AsyncClient(url, retries=retries) as one:
                 while not self._stopped.is_set():
                     try:
-                        self.wrong += await ask(one, number) != expected[number % LATENTS]
+                        self.wrong += not await asked.ask(one, number)
                     except ServiceError:
                         self.wrong += 1
                     self.answered += 1
@@ -192,9 +231,9 @@ class Load:
         self._thread.join()
 
 
-def update(service: Service, config: ServeConfig, expected: Sequence[str], clients: int) -> int:
+def update(service: Service, config: ServeConfig, asked: Asked, clients: int) -> int:
     """Bring the service to another config while clients ask that send nothing again; requests lost or wrong."""
-    with Load(service.url, expected, clients, Retries(most=0)) as load:
+    with Load(service.url, asked, clients, Retries(most=0)) as load:
         load.wait(clients)
         started = time.monotonic()
         serve.run(application(config, service.models, digest=None), name=APPLICATION, route_prefix="/")
@@ -204,9 +243,9 @@ def update(service: Service, config: ServeConfig, expected: Sequence[str], clien
     return load.wrong
 
 
-def kills(service: Service, expected: Sequence[str], options: argparse.Namespace) -> int:
+def kills(service: Service, asked: Asked, options: argparse.Namespace) -> int:
     """Wrong and lost answers while replicas die; prints how long it takes until there is another one."""
-    with Load(service.url, expected, options.clients, Retries(most=20)) as load:
+    with Load(service.url, asked, options.clients, Retries(most=20)) as load:
         for deployment in (target_deployment("target_a"), EXPLAINERS, "Gateway"):
             took = []
             for _ in range(options.kills):
@@ -239,7 +278,7 @@ def process_of(deployment: str) -> int:
         time.sleep(0.05)
 
 
-async def open_loop(url: str, rate: float, seconds: float) -> int:
+async def open_loop(url: str, asked: Asked, rate: float, seconds: float) -> int:
     """Errors at `rate` requests per second; prints latencies from when a request was due."""
     latencies: list[float] = []
     errors: dict[str, int] = {}
@@ -251,8 +290,10 @@ async def open_loop(url: str, rate: float, seconds: float) -> int:
             due = started + number / rate
             await asyncio.sleep(max(0.0, due - time.monotonic()))
             try:
-                await ask(client, number)
-                latencies.append(time.monotonic() - due)
+                if await asked.ask(client, number):
+                    latencies.append(time.monotonic() - due)
+                else:
+                    errors["wrong"] = errors.get("wrong", 0) + 1
             except ServiceError as error:
                 errors[error.error.code] = errors.get(error.error.code, 0) + 1
 

@@ -90,12 +90,12 @@ class ServedSimulator(Config):
 
 
 class BatchingConfig(Config):
-    """Dynamic batching: requests that come close together run as one batch."""
+    """Dynamic batching: requests that come close together, or while the models run, are one batch."""
 
     max_size: Annotated[int, Field(ge=1)] = 16
     """Requests in one batch at most; 1 runs them one by one."""
     wait_s: Annotated[float, Field(ge=0)] = 0.01
-    """Longest time that a request waits for others."""
+    """Time that a batch which is not full waits for more, once the models are free."""
 
 
 class LimitsConfig(Config):

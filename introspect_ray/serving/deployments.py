@@ -58,31 +58,28 @@ class _Replica:
         self._thread.check()
 
 
-def _batched(method: Any, batching: BatchingConfig) -> None:
-    method.set_max_batch_size(batching.max_size)
-    method.set_batch_wait_timeout_s(batching.wait_s)
-
-
 class TargetModel(_Replica):
     """A target with its coders."""
 
     def __init__(self, tree: dict[str, Any], batching: dict[str, Any], vector_entries: int):
+        from introspect_ray.serving.batches import Batches
         from introspect_ray.serving.model_thread import by_request
         from introspect_ray.serving.target_model import TargetService
 
         super().__init__()
         self._service = TargetService.load(ServedTarget.model_validate(tree), vector_entries)
         self._vectors_by_request = by_request(self._service.vectors)
-        _batched(self._vectors, BatchingConfig.model_validate(batching))
+        self._batches = Batches(self._run_vectors, BatchingConfig.model_validate(batching))
 
     async def activations(self, request: ActivationsRequest) -> Activations | Failed:
         return await self._thread.run(self._service.activations, request)
 
     async def vectors(self, items: Sequence[TokenItem | LatentItem]) -> list[VectorAt | Failed]:
-        return await self._vectors(items)
+        return await self._batches.ask(items)
 
-    @serve.batch
-    async def _vectors(self, requests: list[Sequence[TokenItem | LatentItem]]) -> list[list[VectorAt | Failed]]:
+    async def _run_vectors(
+        self, _: str, requests: list[Sequence[TokenItem | LatentItem]]
+    ) -> list[list[VectorAt | Failed]]:
         return await self._thread.run_batch(self._vectors_by_request, requests)
 
     async def true_activations(self, text: str, coder: str, latent: int) -> TrueActivations | Failed:
@@ -99,6 +96,7 @@ class Explainer(_Replica):
     """All explainers; a replica holds some of them, and Serve sends a request to one that has its explainer."""
 
     def __init__(self, tree: dict[str, Any]):
+        from introspect_ray.serving.batches import Batches
         from introspect_ray.serving.explainers import ExplainerService
 
         config = ServeConfig.model_validate(tree)
@@ -108,7 +106,7 @@ class Explainer(_Replica):
         self._service = ExplainerService(config.explainers, device, most, config.batching.max_size)
         for served in config.explainers[:most]:
             self._service.load(served.name)
-        _batched(self._describe, config.batching)
+        self._batches = Batches(self._run_described, config.batching)
 
         async def load(name: str) -> str:
             await self._thread.run(self._service.load, name)
@@ -118,14 +116,12 @@ class Explainer(_Replica):
         self._load = serve.multiplexed(max_num_models_per_replica=most)(load)
 
     async def describe(self, vectors: Sequence[VectorAt], max_new_tokens: int | None) -> list[Explanation | Failed]:
-        return await self._describe((vectors, max_new_tokens))
+        return await self._batches.ask((vectors, max_new_tokens), await self._here())
 
-    @serve.batch
-    async def _describe(
-        self, requests: list[tuple[Sequence[VectorAt], int | None]]
+    async def _run_described(
+        self, name: str, requests: list[tuple[Sequence[VectorAt], int | None]]
     ) -> list[list[Explanation | Failed]]:
-        # Serve cuts batches by model, so all of these are for one explainer.
-        describe = partial(self._service.describe, await self._here())
+        describe = partial(self._service.describe, name)
         return await self._thread.run_batch(describe, requests, lambda request: len(request[0]))
 
     async def stream(self, vector: VectorAt, max_new_tokens: int | None) -> AsyncIterator[str | Explanation | Failed]:
@@ -165,6 +161,7 @@ class Simulator(_Replica):
     """A simulator."""
 
     def __init__(self, tree: dict[str, Any], target: dict[str, Any], batching: dict[str, Any]):
+        from introspect_ray.serving.batches import Batches
         from introspect_ray.serving.model_thread import by_request
         from introspect_ray.serving.simulators import SimulatorService
 
@@ -173,13 +170,12 @@ class Simulator(_Replica):
             ServedSimulator.model_validate(tree), ServedTarget.model_validate(target).model
         )
         self._simulate_by_request = by_request(self._service.simulate)
-        _batched(self._simulate, BatchingConfig.model_validate(batching))
+        self._batches = Batches(self._run_simulated, BatchingConfig.model_validate(batching))
 
     async def simulate(self, items: Sequence[SimulateItem]) -> list[Simulated | Failed]:
-        return await self._simulate(items)
+        return await self._batches.ask(items)
 
-    @serve.batch
-    async def _simulate(self, requests: list[Sequence[SimulateItem]]) -> list[list[Simulated | Failed]]:
+    async def _run_simulated(self, _: str, requests: list[Sequence[SimulateItem]]) -> list[list[Simulated | Failed]]:
         return await self._thread.run_batch(self._simulate_by_request, requests)
 
 

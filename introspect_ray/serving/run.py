@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -47,6 +48,9 @@ def serving(config: ServeConfig) -> Iterator[Service]:
     port = config.port or _free_port(config.host)
     if not is_elsewhere():
         _check_port(config.host, port)
+        # What Serve's own processes of this machine inherit: fewer threads to hand a request between, and fewer writes
+        # of access logs. Models have a thread of their own anyway.
+        os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
     with connect():
         _check_no_other()
         location = "EveryNode" if is_elsewhere() else "HeadOnly"
