@@ -21,6 +21,13 @@ from introspect_ray.serving.auth import checked_digest
 from introspect_ray.serving.table import served_models, with_quickstart
 
 APPLICATION = "introspect_ray"
+CHEAPER_REQUESTS = {
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
+}
+"""What Serve's processes inherit from this one: fewer threads to hand a request between (models have one of their own
+anyway) and fewer writes of its access log. RAY_SERVE_THROUGHPUT_OPTIMIZED would open ports of replicas as well."""
 POLL_S = 0.2
 WATCH_S = 5.0
 LONGEST_REASON = 500
@@ -48,9 +55,8 @@ def serving(config: ServeConfig) -> Iterator[Service]:
     port = config.port or _free_port(config.host)
     if not is_elsewhere():
         _check_port(config.host, port)
-        # What Serve's own processes of this machine inherit: fewer threads to hand a request between, and fewer writes
-        # of access logs. Models have a thread of their own anyway.
-        os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
+        for name, value in CHEAPER_REQUESTS.items():
+            os.environ.setdefault(name, value)
     with connect():
         _check_no_other()
         location = "EveryNode" if is_elsewhere() else "HeadOnly"
