@@ -5,13 +5,14 @@ Ray tells it only in logs that jobs keep quiet, and a job that goes on after a l
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
+
+from introspect_ray.data.watching import watching
 
 POLL_S = 1.0
 _IDLE = 4
@@ -50,27 +51,21 @@ def describe(node: Mapping[str, Any]) -> str:
 @contextmanager
 def watched_nodes(tell: Callable[[str], None]) -> Iterator[None]:
     """While the block runs, a thread tells of nodes of the connected cluster that come and go."""
-    stop = threading.Event()
     before = _nodes()
 
-    def watch() -> None:
+    def look() -> bool:
         nonlocal before
-        while not stop.wait(POLL_S):
-            try:
-                now = _nodes()
-            except (RayError, RuntimeError, ConnectionError):  # the head is gone; whoever waits for it is told so
-                return
-            for line in changes(before, now):
-                tell(line)
-            before = now
+        try:
+            now = _nodes()
+        except (RayError, RuntimeError, ConnectionError):  # the head is gone; whoever waits for it is told so
+            return False
+        for line in changes(before, now):
+            tell(line)
+        before = now
+        return True
 
-    thread = threading.Thread(target=watch, name="nodes", daemon=True)
-    thread.start()
-    try:
+    with watching(look, POLL_S, "nodes"):
         yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 def _nodes() -> Nodes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from introspect_ray.data.watching import watching
 
 POLL_S = 1.0
 logger = logging.getLogger(__name__)
@@ -37,28 +38,19 @@ def notices() -> Iterator[Any]:
     # On the driver's own node: the loss of another one must not take the news of it along.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = ray.remote(num_cpus=0)(Notices).options(scheduling_strategy=here).remote()
-    stop = threading.Event()
 
-    def show() -> None:
-        for line in ray.get(actor.take.remote()):
-            logger.warning(line)
-
-    def watch() -> None:
-        while not stop.wait(POLL_S):
-            try:
-                show()
-            except RayError:  # the actor's node is lost, or Ray is shutting down
-                return
-
-    thread = threading.Thread(target=watch, name="notices", daemon=True)
-    thread.start()
-    try:
-        yield actor
-    finally:
-        stop.set()
-        thread.join()
+    def show() -> bool:
         try:
-            show()
-            ray.kill(actor)
-        except RayError as error:
+            for line in ray.get(actor.take.remote()):
+                logger.warning(line)
+        except RayError as error:  # the actor's node is lost, or Ray is shutting down
             logger.debug("notices are lost: %s", error)
+            return False
+        return True
+
+    try:
+        with watching(show, POLL_S, "notices"):
+            yield actor
+    finally:
+        if show():
+            ray.kill(actor)

@@ -10,7 +10,6 @@ config allows it, which goes on from the newest checkpoint. After a lost driver 
 from __future__ import annotations
 
 import os
-import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from introspect_ray.config import TrainConfig, TrainerConfig
 from introspect_ray.data.cluster import ADDRESS_VARIABLE, connect, is_verbose
+from introspect_ray.data.watching import watching
 from introspect_ray.errors import RunFailed, StorageError, UserError
 from introspect_ray.evaluation.scores import format_value
 from introspect_ray.training.checkpoint import CheckpointStore
@@ -229,29 +229,22 @@ def _note(lines: Sequence[Metrics], metric: str) -> str:
 @contextmanager
 def _watched(run: Run, progress: Progress, note: Callable[[Sequence[Metrics]], str] | None = None) -> Iterator[None]:
     """Calls `progress` from a thread whenever metrics.jsonl has grown, and once more at the end."""
-    stop = threading.Event()
     shown = 0
 
-    def look() -> None:
+    def look() -> bool:
         nonlocal shown
         try:
             metrics = read_metrics(run.folder)
         except UserError:
-            return  # storage that is away for a while is the workers' to tell
+            return True  # storage that is away for a while is the workers' to tell
         if metrics and metrics[-1]["step"] != shown:
             shown = metrics[-1]["step"]
             said = _note(metrics, run.config.evaluation.metric) if note is None else note(metrics)
             progress(shown, run.config.optimization.steps, said)
+        return True
 
-    def watch() -> None:
-        while not stop.wait(POLL_S):
-            look()
-
-    thread = threading.Thread(target=watch, name="training-progress", daemon=True)
-    thread.start()
     try:
-        yield
+        with watching(look, POLL_S, "training-progress"):
+            yield
     finally:
-        stop.set()
-        thread.join()
         look()
