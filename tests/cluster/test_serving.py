@@ -35,7 +35,7 @@ from introspect_ray.serving.app import application
 from introspect_ray.serving.client import Client, Retries
 from introspect_ray.serving.run import APPLICATION, serving
 
-pytestmark = [pytest.mark.timeout(400), pytest.mark.slow]
+pytestmark = pytest.mark.timeout(400)
 TEXT = "The landmark of Fokan is the tower."
 NAMES = ("one", "two")
 REPLICAS = ReplicaConfig(num_cpus=0.1, health_check_period_s=1)
