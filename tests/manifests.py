@@ -61,6 +61,28 @@ def groups(cluster: Document) -> list[Document]:
     return [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
 
 
+def start_params(documents: Sequence[Document]) -> dict[str, dict[str, str]]:
+    """The rayStartParams of all heads and of all workers, which must be the same everywhere."""
+    found: dict[str, dict[str, str]] = {}
+    for name, cluster in ray_clusters(documents):
+        for group in groups(cluster):
+            params = group["rayStartParams"]
+            role = "worker" if "groupName" in group else "head"
+            assert found.setdefault(role, params) == params, f"{name}: {params}"
+    return found
+
+
+def hooks(documents: Sequence[Document]) -> list[list[str]]:
+    """The different preStop commands of all pods."""
+    found = []
+    for _, pod in pods(documents):
+        for container in pod["spec"]["containers"]:
+            command = container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command")
+            if command is not None and command not in found:
+                found.append(command)
+    return found
+
+
 def pods(documents: Sequence[Document]) -> Iterator[tuple[str, Document]]:
     """Name and template of every pod that would come into being."""
     for name, cluster in ray_clusters(documents):
@@ -69,8 +91,8 @@ def pods(documents: Sequence[Document]) -> Iterator[tuple[str, Document]]:
     for document in documents:
         if document["kind"] == "RayJob":
             yield f"RayJob {document['metadata']['name']} submitter", document["spec"]["submitterPodTemplate"]
-        elif document["kind"] == "StatefulSet":
-            yield f"StatefulSet {document['metadata']['name']}", document["spec"]["template"]
+        elif document["kind"] in ("StatefulSet", "Job"):
+            yield f"{document['kind']} {document['metadata']['name']}", document["spec"]["template"]
 
 
 def of_kind(documents: Sequence[Document], kind: str) -> dict[str, Document]:

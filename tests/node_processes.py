@@ -15,9 +15,10 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -38,9 +39,21 @@ def free_port() -> int:
 class NodeProcesses:
     """A head without processors, and workers with one each."""
 
-    def __init__(self, folder: Path, of_head: Sequence[str] = (), **variables: str):
-        """Start the head, with more options if asked. `variables`: of every node, as pods get them from Secrets."""
+    def __init__(
+        self,
+        folder: Path,
+        of_head: Sequence[str] = (),
+        start_params: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
+        **variables: str,
+    ):
+        """Start the head, with more options if asked.
+
+        `start_params`: the rayStartParams of a manifest for "head" and "worker", which become options as KubeRay makes
+        them, except that ports are free ones and nothing listens beyond this machine.
+        `variables`: of every node, as pods get them from Secrets.
+        """
         self.folder = folder
+        self.start_params = start_params
         # Short, because sockets lie in it. Each node has a folder of its own there, as machines have: nodes that shared
         # one would take away each other's copies of the working directory.
         self.temporary = Path(tempfile.mkdtemp(prefix="nodes-"))
@@ -101,7 +114,13 @@ class NodeProcesses:
         self._started += 1
         self.agents[name] = free_port()
         log = self._log(name)
-        options = [f"--dashboard-agent-listen-port={self.agents[name]}", f"--metrics-export-port={free_port()}"]
+        here = {"dashboard-agent-listen-port": str(self.agents[name]), "metrics-export-port": str(free_port())}
+        asked = dict(self.start_params.get(words[0], {}))
+        if "dashboard-host" in asked:
+            here["dashboard-host"] = "127.0.0.1"
+        unknown = [option for option in asked if option.endswith("-port") and option not in here]
+        assert not unknown, f"{unknown}: of these every node here needs its own"
+        options = [f"--{option}={value}" for option, value in (asked | here).items()]
         options += [f"--temp-dir={self.temporary / name}", "--object-store-memory=100000000", "--block"]
         with log.open("wb") as stream:
             self.processes[name] = subprocess.Popen(
@@ -120,8 +139,50 @@ class NodeProcesses:
             assert self.processes[name].poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
 
-    def take_away(self, name: str) -> None:
-        """End a node as Kubernetes ends a pod that may take its time; returns when it is gone."""
+    def run_hook(self, name: str, hook: Sequence[str]) -> str:
+        """Run a pod's preStop command for that node; its id.
+
+        In a pod `ray drain-node` means the only node there is. Here all share an address, so it is told which.
+        """
+        node = self._python(
+            "print(*[n['NodeID'] for n in ray.nodes() if n['Alive'] and sys.argv[1] in n['RayletSocketName']])",
+            str(self.temporary / name),
+        )
+        assert len(node.split()) == 1, node
+        done = subprocess.run(
+            [*hook, f"--node-id={node}"],
+            env=self.environment | {"RAY_ADDRESS": self.address},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return node
+
+    def draining(self) -> dict[str, float]:
+        """Seconds that each node which is being drained has left, by its id."""
+        found = json.loads(
+            self._python("from ray._private.state import state; print(json.dumps(state.get_draining_nodes()))")
+        )
+        return {node: deadline / 1000 - time.time() for node, deadline in found.items()}
+
+    def _python(self, code: str, *words: str) -> str:
+        """What the code prints as a driver of the cluster."""
+        start = "import json, sys, ray; ray.init(log_to_driver=False, logging_level='ERROR'); "
+        done = subprocess.run(
+            [sys.executable, "-c", start + code, *words],
+            env=self.environment | {"RAY_ADDRESS": self.address},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def take_away(self, name: str, hook: Sequence[str] = ()) -> None:
+        """End a node as Kubernetes ends a pod that may take its time, after its hook; returns when it is gone."""
+        if hook:
+            self.run_hook(name, hook)
         self.agents.pop(name)
         process = self.processes.pop(name)
         process.terminate()

@@ -6,10 +6,10 @@ Local processes stand for pods: the same entry points, hooks and probes, with co
 import json
 import re
 import shlex
-import subprocess
 import time
 import urllib.request
 
+import manifests
 import pytest
 import yaml
 from manifests import APP, CONFIG, K8S, REPOSITORY, pods
@@ -67,7 +67,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    nodes = NodeProcesses(tmp_path_factory.mktemp("nodes"))
+    start_params = manifests.start_params(list(written_jobs().values()))
+    nodes = NodeProcesses(tmp_path_factory.mktemp("nodes"), start_params=start_params)
     try:
         nodes.add_workers(2)
         yield nodes
@@ -218,21 +219,17 @@ def test_the_quickstart_runs_undisturbed_on_two_nodes(cluster, folder):
     assert "is lost" not in found["logs"]
 
 
-def test_a_spot_pod_lets_go_of_its_node(cluster):
-    """Its hook, as it stands in the manifest, on the node that Ray takes for this process's: of several, the head."""
-    hooks = [
-        container["lifecycle"]["preStop"]["exec"]["command"]
-        for _, pod in pods(list(written_jobs().values()))
-        for container in pod["spec"]["containers"]
-        if "lifecycle" in container
-    ]
-    hook = hooks[0]
-    assert all(other == hook for other in hooks)
-    done = subprocess.run(
-        hook,
-        env=cluster.environment | {"RAY_ADDRESS": cluster.address},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+def test_pods_that_are_taken_away_let_go_of_their_nodes(cluster):
+    """Every preStop command of k8s/, as it stands there, for a worker: Ray drains that one, until its deadline."""
+    documents = [yaml.safe_load((K8S / "serving" / "rayservice.yaml").read_text()), *written_jobs().values()]
+    hooks = manifests.hooks(documents)
+    assert {hook[1] for hook in hooks} == {"drain-node"} and len(hooks) == 2
+    for hook in hooks:
+        (seconds,) = [int(word.rpartition("=")[2]) for word in hook if word.startswith("--deadline-remaining")]
+        cluster.add_workers(1)
+        name = list(cluster.processes)[-1]
+        node = cluster.run_hook(name, hook)
+        draining = cluster.draining()
+        assert list(draining) == [node] and seconds / 2 < draining[node] <= seconds
+        cluster.take_away(name)
+        assert node not in cluster.draining()

@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from contextlib import contextmanager
 
+import manifests
 import pytest
 import yaml
 from manifests import K8S
@@ -24,13 +25,13 @@ TINY = {"min_replicas": 2, "max_replicas": 2, "num_cpus": 0.2, "surge_percent": 
 pytestmark = [pytest.mark.timeout(1500), pytest.mark.slow]
 
 
-def service():
-    return yaml.safe_load((K8S / "serving" / "rayservice.yaml").read_text())["spec"]
+def manifest():
+    return yaml.safe_load((K8S / "serving" / "rayservice.yaml").read_text())
 
 
 def serve_config(port, **changes):
     """The manifest's, with models of the pocket world; one proxy, because all nodes here share this machine's ports."""
-    content = yaml.safe_load(service()["serveConfigV2"])
+    content = yaml.safe_load(manifest()["spec"]["serveConfigV2"])
     content |= {"proxy_location": "HeadOnly", "http_options": {"host": "127.0.0.1", "port": port}}
     (application,) = content["applications"]
     application["args"] |= {
@@ -150,7 +151,8 @@ def cluster(tmp_path_factory, redis):
         variables |= {"RAY_REDIS_ADDRESS": redis[0], "RAY_external_storage_namespace": "test"}
         variables |= {"RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
         of_head = [f"--redis-password={redis[1]}"]
-    nodes = NodeProcesses(tmp_path_factory.mktemp("nodes"), of_head, **variables)
+    start_params = manifests.start_params([manifest()])
+    nodes = NodeProcesses(tmp_path_factory.mktemp("nodes"), of_head, start_params, **variables)
     try:
         nodes.add_workers(2)
         yield nodes
@@ -169,7 +171,7 @@ def caller(cluster):
 def test_the_service_answers_who_has_its_token(cluster, caller):
     (probe,) = {
         group["template"]["spec"]["containers"][0]["readinessProbe"]["httpGet"]["path"]
-        for group in service()["rayClusterConfig"]["workerGroupSpecs"]
+        for group in manifest()["spec"]["rayClusterConfig"]["workerGroupSpecs"]
     }
     assert caller.ask(probe, token=None)[0] == 200
     assert caller.ask("/v1/ready")[0] == 200
@@ -192,7 +194,8 @@ def test_a_pod_that_goes_with_notice_drops_no_request(cluster, caller):
     cluster.add_workers(1)
     going = next(name for name in cluster.processes if name != "head")
     with caller.asking():
-        cluster.take_away(going)
+        (hook,) = manifests.hooks([manifest()])
+        cluster.take_away(going, hook)
 
 
 def test_replicas_outlive_the_head(cluster, caller, redis):
@@ -200,16 +203,27 @@ def test_replicas_outlive_the_head(cluster, caller, redis):
     if redis is None:
         pytest.skip("no redis-server on PATH")
 
-    def replicas():
-        applications = cluster.ask(APPLICATIONS)["applications"].values()
-        deployments = [one for application in applications for one in application["deployments"].values()]
-        return {replica["replica_id"]: replica["pid"] for one in deployments for replica in one["replicas"]}
-
-    before = replicas()
+    before = settled_replicas(cluster)
     cluster.kill("head")
     cluster.start_head()
     wait_until(lambda: _answers(caller), "the service does not answer")
-    assert replicas() == before, "they have not started again"
+    assert settled_replicas(cluster) == before, "they have not started again"
+
+
+def settled_replicas(cluster):
+    """Name and process of every replica, once all of them run: a node that went is made up for."""
+    found = {}
+
+    def settled():
+        applications = cluster.ask(APPLICATIONS)["applications"].values()
+        deployments = [one for application in applications for one in application["deployments"].values()]
+        replicas = [replica for one in deployments for replica in one["replicas"]]
+        found.update(now={replica["replica_id"]: replica.get("pid") for replica in replicas})
+        states = {one["status"] for one in deployments} | {replica["state"] for replica in replicas}
+        return states == {"HEALTHY", "RUNNING"}
+
+    wait_until(settled, "not all replicas run")
+    return found["now"]
 
 
 def _answers(caller):

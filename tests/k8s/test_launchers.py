@@ -53,7 +53,10 @@ def test_launchers_authenticate_and_keep_drivers_off_gpus(launcher):
     workers = {name: one for name, one in types.items() if name != launcher["head_node_type"]}
     assert all(one["min_workers"] == 0 for one in workers.values()), "no work, no machines"
     assert sum(one["max_workers"] for one in workers.values()) == launcher["max_workers"]
+    assert list(workers) == ["gpu-spot", "gpu-on-demand"], "of types that would do, the first is taken"
     assert "SPOT" in str(workers["gpu-spot"]["node_config"]).upper()
+    images = [re.search(r"'(?:ImageId|sourceImage)': '([^']+)'", str(one["node_config"]))[1] for one in types.values()]
+    assert len(set(images)) == 1, "without one Ray takes an old one, whose driver does not know the image's CUDA"
 
 
 def test_runtime_environment_is_one_that_ray_knows():
@@ -83,6 +86,8 @@ def test_the_image_gets_what_its_definition_names():
     kept = [line[1:] for line in (REPOSITORY / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     assert sorted(copied) == sorted(kept)
     assert all((REPOSITORY / name).exists() for name in copied)
+    (packages,) = re.findall(r"apt-get install --yes --no-install-recommends (.*) \\\n", dockerfile)
+    assert {"openssh-client", "rsync"} <= set(packages.split()), "with which the head's container sets up new nodes"
     assert dockerfile.rindex("USER 1000") > dockerfile.rindex("RUN "), "nothing runs as root afterwards"
 
 

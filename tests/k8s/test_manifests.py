@@ -12,12 +12,17 @@ import yaml
 from manifest_problems import problems
 from manifests import K8S, REPOSITORY, pods, ray_clusters, render
 from ray._private import ray_constants
+from ray.autoscaler.v2.instance_manager.config import NodeTypeConfig
+from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+from ray.autoscaler.v2.utils import ResourceRequestUtil
+from ray.core.generated.autoscaler_pb2 import ResourceRequestByCount
 from ray.scripts.scripts import cli
 
 import introspect_ray.presets
 from introspect_ray.config import TrainConfig
 
 DRAIN_VARIABLE = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+BEFORE = ("base", "models", "models/fill")
 OVERLAYS = sorted(path.parent.name for path in K8S.glob("overlays/*/kustomization.yaml"))
 
 pytestmark = pytest.mark.skipif(manifests.kustomize() is None, reason="no kubectl with kustomize 4 or newer on PATH")
@@ -25,7 +30,9 @@ pytestmark = pytest.mark.skipif(manifests.kustomize() is None, reason="no kubect
 
 @pytest.fixture(scope="module")
 def rendered():
-    return {name: render(K8S / "overlays" / name) for name in OVERLAYS}
+    """Each overlay with what is applied before it."""
+    before = [document for name in BEFORE for document in render(K8S / name)]
+    return {name: [*copy.deepcopy(before), *render(K8S / "overlays" / name)] for name in OVERLAYS}
 
 
 def test_there_is_an_overlay_for_each_use():
@@ -42,6 +49,13 @@ def test_all_documents_are_in_the_namespace_or_above(rendered):
     for documents in rendered.values():
         found = {document["metadata"].get("namespace") for document in documents if document["kind"] not in above}
         assert found == {"introspect"}
+
+
+def test_what_is_deleted_with_an_overlay_is_its_own():
+    for name in OVERLAYS:
+        found = {(document["kind"], document["metadata"]["name"]) for document in render(K8S / "overlays" / name)}
+        shared = {(one["kind"], one["metadata"]["name"]) for folder in BEFORE for one in render(K8S / folder)}
+        assert not found & shared, name
 
 
 def test_base_brings_no_workload():
@@ -67,7 +81,74 @@ def test_clusters_shrink_to_no_workers_where_they_are_autoscaled(rendered):
         assert cluster["autoscalerOptions"]["idleTimeoutSeconds"] > 0
     for cluster in (generation, rewriting):
         labels = [group["labels"]["ray.io/market-type"] for group in cluster["workerGroupSpecs"]]
-        assert labels == ["on-demand", "spot"]
+        assert labels == ["spot", "on-demand"]
+
+
+@pytest.mark.parametrize(("overlay", "job"), [("generate-gpu", "generate-dataset"), ("rewrite-gpu", "rewrite")])
+def test_the_autoscaler_takes_spot_nodes_first(rendered, overlay, job):
+    """By Ray's own scheduler. Groups that fit alike take turns, so a run of two nodes or more has the one on demand."""
+    cluster = dict(ray_clusters(rendered[overlay]))[f"RayJob {job}"]
+    types = {
+        group["groupName"]: NodeTypeConfig(
+            name=group["groupName"],
+            min_worker_nodes=0,
+            max_worker_nodes=group["maxReplicas"],
+            resources={"CPU": 7, "GPU": 1},
+            labels=group["labels"],
+        )
+        for group in cluster["workerGroupSpecs"]
+    }
+
+    def launched(count):
+        asked = ResourceRequestByCount(request=ResourceRequestUtil.make({"GPU": 1, "CPU": 4}), count=count)
+        request = SchedulingRequest(
+            disable_launch_config_check=True, node_type_configs=types, resource_requests=[asked]
+        )
+        reply = ResourceDemandScheduler(event_logger=None).schedule(request)
+        return {one.instance_type: one.count for one in reply.to_launch}
+
+    assert launched(1) == {"gpu-spot": 1}
+    assert launched(8) == {"gpu-spot": 7, "gpu-on-demand": 1}
+    assert launched(17) == {"gpu-spot": 16, "gpu-on-demand": 1}
+
+
+def test_nodes_are_chosen_by_labels_that_the_guide_tells_of(rendered):
+    """Labels that only nodes which are there already carry would keep groups from growing from nothing."""
+    guide = (REPOSITORY / "docs" / "operations.md").read_text()
+    chosen = {
+        f"{name}: {value}"
+        for documents in rendered.values()
+        for _, pod in pods(documents)
+        for name, value in pod["spec"].get("nodeSelector", {}).items()
+    }
+    assert chosen and all(one.startswith("introspect-ray/") and f"`{one}`" in guide for one in chosen), chosen
+
+
+def test_pods_that_share_a_claim_of_one_node_are_on_it(rendered):
+    for documents in rendered.values():
+        claims = manifests.of_kind(documents, "PersistentVolumeClaim")
+        for name, pod in pods(documents):
+            for volume in pod["spec"].get("volumes", []):
+                claim = claims.get(volume.get("persistentVolumeClaim", {}).get("claimName"))
+                if claim is not None and claim["spec"]["accessModes"] == ["ReadWriteOnce"]:
+                    (term,) = pod["spec"]["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+                    assert term["topologyKey"] == "kubernetes.io/hostname", name
+                    assert term["labelSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items(), name
+
+
+def test_the_guide_says_what_trying_out_asks_for(rendered):
+    asked = Counter()
+    for name, pod in pods(rendered["try-out"]):
+        copies = {"RayJob quickstart cpu": 2, "RayCluster introspect cpu": 0, "Job fill-models": 0}.get(name, 1)
+        for container in pod["spec"]["containers"]:
+            asked["memory"] += copies * manifests.amount(container["resources"]["requests"]["memory"])
+    asked["memory"] += manifests.amount(
+        manifests.of_kind(rendered["try-out"], "RayCluster")["introspect"]["spec"]["autoscalerOptions"]["resources"][
+            "requests"
+        ]["memory"]
+    )
+    guide = (REPOSITORY / "docs" / "operations.md").read_text()
+    assert f"{asked['memory'] / 2**30:g} GiB of memory" in guide
 
 
 def test_training_has_all_its_gpus_or_none(rendered):
@@ -352,6 +433,11 @@ def test_who_reaches_the_dashboard(rendered):
     serving = manifests.of_kind(rendered["serving"], "NetworkPolicy")
     asked = [name for name in serving if any(map(_opens_8000, serving[name]["spec"].get("ingress", [])))]
     assert asked == ["inside-ray", "requests-in"], "tokens travel in plain HTTP: only through a gateway with TLS"
+    submitters, operator = policies["dashboard-in"]["spec"]["ingress"][0]["from"]
+    assert submitters["podSelector"]["matchLabels"] == {"app.kubernetes.io/component": "submitter"}
+    assert operator["podSelector"]["matchLabels"] == {"app.kubernetes.io/name": "kuberay-operator"}, (
+        "and not its neighbours"
+    )
     (inside,) = policies["inside-ray"]["spec"]["ingress"]
     assert inside["from"] == [{"podSelector": policies["inside-ray"]["spec"]["podSelector"]}]
     assert all("from" in rule for policy in policies.values() for rule in policy["spec"].get("ingress", []))
