@@ -3,8 +3,6 @@
 import json
 import secrets
 import shutil
-import socket
-import subprocess
 import threading
 import time
 import urllib.error
@@ -14,6 +12,7 @@ from contextlib import contextmanager
 import manifests
 import pytest
 import yaml
+from control_store import control_store
 from manifests import K8S
 from node_processes import NodeProcesses, free_port
 
@@ -118,29 +117,14 @@ def deploy(nodes, content):
     wait_until(runs, "the service does not run")
 
 
-def _listens(port):
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
 @pytest.fixture(scope="module")
 def redis(tmp_path_factory):
     """Address and password of a store that was started by the manifest's command; none without redis-server."""
     if shutil.which("redis-server") is None:
         yield None
         return
-    documents = yaml.safe_load_all((K8S / "components" / "redis" / "redis.yaml").read_text())
-    (pod,) = [one["spec"]["template"]["spec"] for one in documents if one["kind"] == "StatefulSet"]
-    port, password, folder = free_port(), secrets.token_hex(16), tmp_path_factory.mktemp("redis")
-    here = {"$(REDIS_PASSWORD)": password, "/data": str(folder)}
-    command = [here.get(word, word) for word in pod["containers"][0]["command"]]
-    process = subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.DEVNULL)
-    try:
-        wait_until(lambda: _listens(port), "redis does not start")
+    with control_store(tmp_path_factory.mktemp("redis")) as (port, password):
         yield f"127.0.0.1:{port}", password
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.fixture(scope="module")

@@ -408,6 +408,10 @@ def test_planted_mistakes_in_core_kinds_are_found(rendered):
     budget = manifests.of_kind(documents, "PodDisruptionBudget")["train-70b"]
     budget["spec"]["selector"]["matchLabels"]["introspect-ray/workload"] = "train-7b"
     assert any("'ingres' was unexpected" in line for line in problems(documents))
+    download = manifests.of_kind(documents, "Job")["fill-models"]
+    download["spec"]["backOffLimit"] = download["spec"].pop("backoffLimit")
+    assert any("'backOffLimit' was unexpected" in line for line in problems(documents))
+    download["spec"].pop("backOffLimit")
     queue = render(K8S / "kueue")
     manifests.of_kind(queue, "ClusterQueue")["introspect"]["spec"]["resourceGroups"][0]["flavor"] = []
     assert any("'flavor' was unexpected" in line for line in problems(queue, whole=False))
