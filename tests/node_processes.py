@@ -94,8 +94,8 @@ class NodeProcesses:
 
     def start_head(self) -> None:
         """For the first time, or again under its old address."""
-        # A new pod finds nothing of the one before; in a folder that says what ran last, Ray takes the workers of that one
-        # for a head which is still there.
+        # A new pod finds nothing of the one before. With its folder Ray would know the address that ran last, and take
+        # workers that name it for a head which is still there.
         shutil.rmtree(self.temporary / "head", ignore_errors=True)
         self._start("head", "head", *self._of_head)
         self._wait_until_joined("head")
