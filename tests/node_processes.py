@@ -162,16 +162,14 @@ class NodeProcesses:
         assert done.returncode == 0, done.stderr
         return node
 
-    def draining(self) -> dict[str, float]:
-        """Seconds that each node which is being drained has left, by its id."""
-        found = json.loads(
-            self._python("from ray._private.state import state; print(json.dumps(state.get_draining_nodes()))")
-        )
-        return {node: deadline / 1000 - time.time() for node, deadline in found.items()}
+    def why_it_went(self, node: str) -> str:
+        """What Ray says of the end of the node with that id; "" while it is there."""
+        code = "print(*[n['DeathReasonMessage'] for n in ray.nodes() if n['NodeID'] == sys.argv[1] and not n['Alive']])"
+        return self._python(code, node)
 
     def _python(self, code: str, *words: str) -> str:
         """What the code prints as a driver of the cluster."""
-        start = "import json, sys, ray; ray.init(log_to_driver=False, logging_level='ERROR'); "
+        start = "import sys, ray; ray.init(log_to_driver=False, logging_level='ERROR'); "
         done = subprocess.run(
             [sys.executable, "-c", start + code, *words],
             env=self.environment | {"RAY_ADDRESS": self.address},
