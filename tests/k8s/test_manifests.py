@@ -439,7 +439,7 @@ def test_who_reaches_the_dashboard(rendered):
     assert asked == ["inside-ray", "requests-in"], "tokens travel in plain HTTP: only through a gateway with TLS"
     submitters, operator = policies["dashboard-in"]["spec"]["ingress"][0]["from"]
     assert submitters["podSelector"]["matchLabels"] == {"app.kubernetes.io/component": "submitter"}
-    assert operator["podSelector"]["matchLabels"] == {"app.kubernetes.io/name": "kuberay-operator"}, (
+    assert operator["podSelector"]["matchLabels"] == {"app.kubernetes.io/component": "kuberay-operator"}, (
         "and not its neighbours"
     )
     (inside,) = policies["inside-ray"]["spec"]["ingress"]
