@@ -2,7 +2,7 @@
 
     rates      requests start at fixed times whatever becomes of those before (open loop), so that waiting counts
     update     the service is brought from the one to the other under clients that send nothing again
-    kills      replicas of target, explainers and gateway are killed (SIGKILL) so many times under clients that send again
+    kills      replicas of all kinds are killed (SIGKILL) so many times under clients that send again
                what was lost
     batching   16 clients that each ask again at once (closed loop), with batches of up to 16 and one by one; both must
                give the library's own answers before anything is timed
