@@ -29,6 +29,7 @@ from introspect_ray.serving.target_model import TargetService
 
 TASKS = ("feature_description", "activation_patching", "input_ablation")
 TARGET = ModelConfig(device="cpu")
+LIMITS = LimitsConfig(text_characters=2000, text_tokens=200, items=8, body_bytes=100_000, body_s=1)
 
 
 def untrained_explainer(folder: Path) -> str:

@@ -29,8 +29,8 @@ CHEAPER_REQUESTS = {
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
 }
 """What Serve's processes inherit from the Ray that is started here: fewer threads to hand a request between (models
-have one of their own anyway) and fewer writes of its access log. RAY_SERVE_THROUGHPUT_OPTIMIZED would open ports of replicas
-as well."""
+have one of their own anyway) and fewer writes of its access log. RAY_SERVE_THROUGHPUT_OPTIMIZED would open ports of
+replicas as well."""
 POLL_S = 0.2
 WATCH_S = 5.0
 LONGEST_REASON = 500
