@@ -89,7 +89,7 @@ def test_whatever_loses_a_call_it_may_be_made_again(error):
 
 def test_a_defect_is_no_loss():
     handle = Handle(Response(raised_by_a_replica(ValueError("a defect"))))
-    with pytest.raises(ValueError):  # noqa: PT011 - its text is the traceback there
+    with pytest.raises(ValueError):
         asyncio.run(ServeDeployments({"d": handle}).call("d", "ask"))
 
 
@@ -101,7 +101,7 @@ def test_calls_made_together_end_together(leaves):
         handle = Handle(Response(), Response(None if leaves else Lost()), Response())
         calls = Retrying(ServeDeployments({"d": handle}), retries=0 if leaves else 1)
         handle.responses.append(Response(OSError("a defect")))  # of the second, when it is made again
-        asked = asyncio.create_task(together(calls.call("d", "ask") for _ in range(3)))
+        (asked,) = map(asyncio.ensure_future, [together(calls.call("d", "ask") for _ in range(3))])
         await settled()
         if leaves:
             asked.cancel()
