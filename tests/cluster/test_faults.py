@@ -34,7 +34,7 @@ def main(config):
 run_job(GenerateConfig, main, "", sys.argv[2:])
 """
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
 
 def config_of(folder):

@@ -78,6 +78,7 @@ def test_scores_and_report_are_whole(undisturbed):
     assert (output / "projections" / "feature_description" / "alignment.json").exists()
 
 
+@pytest.mark.slow
 def test_killed_at_random_it_goes_on_to_the_same_records_and_scores(undisturbed, tmp_path):
     expected, _ = undisturbed
     output, draw, some = tmp_path / "run", random.Random(0), f"--tasks={json.dumps(KILLED_TASKS)}"
