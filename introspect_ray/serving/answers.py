@@ -57,8 +57,6 @@ ITEMS_PER_CALL = 16
 """Items of one request that one replica explains."""
 READY_S = 5.0
 """Time in which every deployment must answer to be ready."""
-
-
 READY_FOR_S = 1.0
 """Time for which the answer stands."""
 

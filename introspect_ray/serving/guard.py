@@ -108,14 +108,22 @@ class _Exchange:
         try:
             if self._takes_place():
                 with self._place():
-                    await self._read_body()
-                    await self._answer()
+                    await self._read_and_answer()
             else:
-                await self._answer()  # its body is not looked at
+                await self._read_and_answer(with_body=False)
         except Refused as refusal:
             await self._refuse(refusal)
         finally:
             self._report(time.monotonic() - started)
+
+    async def _read_and_answer(self, with_body: bool = True) -> None:
+        """To the end of the answer, whatever it is, so that a request holds its place until it has been told."""
+        try:
+            if with_body:
+                await self._read_body()
+            await self._answer()
+        except Refused as refusal:
+            await self._refuse(refusal)
 
     def note(self, code: str) -> None:
         """The error code of the answer, for the log."""
