@@ -151,7 +151,7 @@ def _plot(results: Results, names: Sequence[str], measure: str) -> _Plot | None:
         for name in sorted(names, key=lambda name: name == headline)
     }
     levels = {one.name: getattr(one.scores, measure).value for one in results.conditions if one.name in (TRUE, ZERO)}
-    # A line may be far worse than having no latents at all: how far is in the table; here it would press the others flat.
+    # A line may be far worse than zero latents: how far is in the table; here it would press the others flat.
     highest = HIGHEST * levels[ZERO] if levels.get(ZERO, 0) > 0 else math.inf
     plot = lines_plot(lines, levels, measure == "divergence", highest)
     if plot is None:
