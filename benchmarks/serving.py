@@ -2,12 +2,12 @@
 
     rates      requests start at fixed times whatever becomes of those before (open loop), so that waiting counts
     update     the service is brought from the one to the other under clients that send nothing again
-    kills      replicas of target, explainers and gateway are killed (SIGKILL) so many times under clients that send
-               again what was lost
+    kills      replicas of target, explainers, simulator and gateway are killed (SIGKILL) so many times under clients
+               that send again what was lost, and that ask the simulator too
     batching   16 clients that each ask again at once (closed loop), with batches of up to 16 and one by one; both must
                give the library's own answers before anything is timed
 
-Starts the service on this machine with the pocket target and two explainers of it: a small one (`--explainer FOLDER`,
+Starts the service on this machine with the pocket target, the lexicon and two explainers: a small one (`--explainer`,
 or an untrained one that starts from target A), where HTTP and Serve cost more than the model, and an untrained one of
 the size of GPT-2 small (115M parameters), the smallest that people bring. Prints tables; the last line is one JSON
 object with `batched`, `unbatched` (requests per second of the larger one), `ratio`, `small_ratio` (of the small one)
@@ -28,7 +28,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -46,21 +46,28 @@ from introspect_ray.config import (
     ServeConfig,
     ServedCoder,
     ServedExplainer,
+    ServedSimulator,
     ServedTarget,
 )
 from introspect_ray.explainer.card import TargetInfo
 from introspect_ray.explainer.model import Explainer
 from introspect_ray.explainer.query import Query, Vector
 from introspect_ray.features.sae import load_sae
+from introspect_ray.features.windows import window
+from introspect_ray.models.loading import load_tokenizer
 from introspect_ray.models.paths import resolve_model_path
-from introspect_ray.serving.api import Explanation, LatentItem
+from introspect_ray.models.tokens import encode_with_offsets
+from introspect_ray.pocket.reader import ExactReader
+from introspect_ray.serving.api import Explanation, LatentItem, Simulated, SimulateItem
 from introspect_ray.serving.app import application
-from introspect_ray.serving.calls import EXPLAINERS, target_deployment
+from introspect_ray.serving.calls import EXPLAINERS, simulator_deployment, target_deployment
 from introspect_ray.serving.client import AsyncClient, Retries, ServiceError
 from introspect_ray.serving.run import APPLICATION, Service, serving
 
 LATENTS = {"small": 128, "larger": 32}
 """Latents that each explainer is asked about, one after the other."""
+LEXICON = "lexicon"
+SIMULATED = SimulateItem(description="the word tower", text="The landmark of Fokan is the tower.")
 WIDTH, LAYERS, HEAD_WIDTH = 768, 12, 64
 """Of the larger explainer's model: those of GPT-2 small."""
 
@@ -95,7 +102,7 @@ def main() -> None:
             for rate in options.rates:
                 errors += asyncio.run(open_loop(service.url, small, rate, options.seconds))
             if options.kills:
-                errors += kills(service, small, options)
+                errors += kills(service, replace(small, levels=library_levels()), options)
     ratios = {name: round(found["batched"] / found["unbatched"], 2) for name, found in rates.items()}
     found = {kind: round(rate, 1) for kind, rate in rates["larger"].items()}
     print(json.dumps({**found, "ratio": ratios["larger"], "small_ratio": ratios["small"], "errors": errors}))
@@ -117,12 +124,18 @@ class Asked:
 
     name: str
     expected: Sequence[str]
+    levels: Sequence[float] | None = None
+    """What the lexicon gives for `SIMULATED`, if it is to be asked as well."""
 
     async def ask(self, client: AsyncClient, number: int) -> bool:
         """Whether the answer about a latent is the library's; the numbers start again after the last one."""
         latent = number % len(self.expected)
         (answer,) = await client.explain(self.name, [LatentItem(kind="latent", coder="sae", latent=latent)])
-        return isinstance(answer, Explanation) and answer.explanation == self.expected[latent]
+        is_right = isinstance(answer, Explanation) and answer.explanation == self.expected[latent]
+        if self.levels is None:
+            return is_right
+        (simulated,) = await client.simulate(LEXICON, [SIMULATED])
+        return is_right and isinstance(simulated, Simulated) and simulated.activations == list(self.levels)
 
 
 def larger_model(folder: str) -> str:
@@ -153,6 +166,14 @@ def library_answers(folder: str, latents: int) -> list[str]:
     return explainer.explain([Query((before, Vector(one, (coder.layer,)), after)) for one in vectors], batch_size=1)
 
 
+def library_levels() -> list[float]:
+    """What the lexicon says without the service."""
+    tokenizer = load_tokenizer(ModelConfig())
+    ids = encode_with_offsets(tokenizer, SIMULATED.text)[0][1:]
+    (levels,) = ExactReader(tokenizer).simulate([SIMULATED.description], [window(ids, tokenizer)])
+    return list(levels.tolist())
+
+
 def config_of(folders: Mapping[str, str], batch_size: int) -> ServeConfig:
     return ServeConfig(
         port=0,
@@ -161,7 +182,7 @@ def config_of(folders: Mapping[str, str], batch_size: int) -> ServeConfig:
         explainers=tuple(
             ServedExplainer(name=name, folder=folder, features=POCKET_FEATURES) for name, folder in folders.items()
         ),
-        simulators=(),
+        simulators=(ServedSimulator(name=LEXICON, kind="lexicon"),),
         batching=BatchingConfig(max_size=batch_size),
         limits=LimitsConfig(seconds=60),
     )
@@ -247,7 +268,7 @@ def update(service: Service, config: ServeConfig, asked: Asked, clients: int) ->
 def kills(service: Service, asked: Asked, options: argparse.Namespace) -> int:
     """Wrong and lost answers while replicas die; prints how long it takes until there is another one."""
     with Load(service.url, asked, options.clients, Retries(most=20)) as load:
-        for deployment in (target_deployment("target_a"), EXPLAINERS, "Gateway"):
+        for deployment in (target_deployment("target_a"), EXPLAINERS, simulator_deployment(LEXICON), "Gateway"):
             took = []
             for _ in range(options.kills):
                 process = process_of(deployment)

@@ -163,9 +163,12 @@ class FixedModels:
         found = [(tokens_of(item.text)[1:], item.description) for item in items]
         return [api.Simulated(tokens=tokens, activations=simulated_of(words, tokens)) for tokens, words in found]
 
-    def true_activations(self, text, coder, latent):  # noqa: ARG002
-        tokens = tokens_of(text)[1:]
-        return TrueActivations(tokens, np.array([float(token.index == latent) for token in tokens]))
+    def true_activations(self, items):
+        found = [(tokens_of(item.text)[1:], item.latent) for item in items]
+        return [
+            TrueActivations(tokens, np.array([float(token.index == latent) for token in tokens]))
+            for tokens, latent in found
+        ]
 
     def patch(self, request):  # noqa: ARG002
         """A patch changes German to Dutch, as predicted."""

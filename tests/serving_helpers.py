@@ -29,6 +29,7 @@ from introspect_ray.serving.target_model import TargetService
 
 TASKS = ("feature_description", "activation_patching", "input_ablation")
 TARGET = ModelConfig(device="cpu")
+LIMITS = LimitsConfig(text_characters=2000, text_tokens=200, items=8, body_bytes=100_000, body_s=1)
 
 
 def untrained_explainer(folder: Path) -> str:
@@ -48,7 +49,10 @@ def serve_config(folder: str, **changes: Any) -> ServeConfig:
         targets=(ServedTarget(model=TARGET, coders=(ServedCoder(),)),),
         explainers=(explainer,),
         simulators=(ServedSimulator(name="lexicon", kind="lexicon"),),
-        **{"limits": LimitsConfig(text_characters=2000, items=8, body_bytes=100_000, body_s=1), **changes},
+        **{
+            "limits": LimitsConfig(text_characters=2000, text_tokens=200, items=8, body_bytes=100_000, body_s=1),
+            **changes,
+        },
     )
 
 
@@ -57,9 +61,9 @@ class LocalModels:
 
     def __init__(self, config: ServeConfig):
         (target,), (simulator,) = config.targets, config.simulators
-        self.target = TargetService.load(target, config.limits.vector_entries)
+        self.target = TargetService.load(target, config.limits)
         self.explainer = ExplainerService(config.explainers, "cpu", 2, batch_size=8)
-        self.simulator = SimulatorService.load(simulator, target.model)
+        self.simulator = SimulatorService.load(simulator, target.model, config.limits)
         self.services: dict[str, Any] = {
             target_deployment(target.name): self.target,
             simulator_deployment(simulator.name): self.simulator,

@@ -93,7 +93,7 @@ class BatchingConfig(Config):
     """Dynamic batching: requests that come close together, or while the models run, are one batch."""
 
     max_size: Annotated[int, Field(ge=1)] = 16
-    """Requests in one batch at most; 1 runs them one by one."""
+    """Items in one batch at most; 1 runs requests one by one. A request of more items is a batch by itself."""
     wait_s: Annotated[float, Field(ge=0)] = 0.01
     """Time that a batch which is not full waits for more, once the models are free."""
 
@@ -106,6 +106,8 @@ class LimitsConfig(Config):
     body_s: Annotated[float, Field(gt=0)] = 10
     """Time in which a request's body must have come."""
     text_characters: Annotated[int, Field(ge=1)] = 20_000
+    text_tokens: Annotated[int, Field(ge=1)] = 4096
+    """The target's tokens of one text, begin-of-text included."""
     items: Annotated[int, Field(ge=1)] = 64
     """Items of one request."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 128

@@ -88,15 +88,21 @@ class LinesPlot:
     levels: list[Tick]
     x_ticks: list[Tick]
     y_ticks: list[Tick]
+    is_cut: bool
+    """Whether a line leaves the picture."""
 
 
 def lines_plot(
-    lines: Mapping[str, Sequence[tuple[float, float]]], levels: Mapping[str, float], is_log: bool
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    levels: Mapping[str, float],
+    is_log: bool,
+    highest: float = math.inf,
 ) -> LinesPlot | None:
     """The plot of (x, y) points by name of their line, x above 0; `None` with no two different x.
 
     Args:
         is_log: a logarithmic y axis, on which values that are not positive are left out.
+        highest: values above it do not stretch the y axis; lines leave the picture there.
     """
     shown = {
         name: [(x, y) for x, y in points if math.isfinite(y) and (y > 0 or not is_log)]
@@ -107,7 +113,7 @@ def lines_plot(
     if len(xs) < 2:
         return None
     ys = np.array([y for points in shown.values() for _, y in points] + list(flat.values()))
-    low, high = _limits(ys, is_log)
+    low, high = _limits(np.minimum(ys, highest), is_log)
 
     def up(value: float) -> float:
         if is_log:
@@ -127,6 +133,7 @@ def lines_plot(
         levels=[Tick(up(y), name) for name, y in flat.items()],
         x_ticks=_apart([Tick(across(x), f"{x:g}") for x in xs]),
         y_ticks=[Tick(up(value), f"{value:g}") for value in _ticks(low, high, is_log)],
+        is_cut=bool((ys > highest).any()),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from introspect_ray.rewrite.scores import AgreementScores
 HARMS_SHOWN = 20
 GOLDEN_ANGLE = 137.508
 """Degrees between the hues of lines that follow each other: no two of a few dozen are alike."""
+HIGHEST = 1.5
+"""Highest value that a plot makes room for, in those of zero latents."""
 CONTEXT_TOKENS = 12
 """Tokens of a text that are shown before a false alarm."""
 
@@ -148,7 +151,9 @@ def _plot(results: Results, names: Sequence[str], measure: str) -> _Plot | None:
         for name in sorted(names, key=lambda name: name == headline)
     }
     levels = {one.name: getattr(one.scores, measure).value for one in results.conditions if one.name in (TRUE, ZERO)}
-    plot = lines_plot(lines, levels, is_log=measure == "divergence")
+    # A line may be far worse than zero latents: how far is in the table; here it would press the others flat.
+    highest = HIGHEST * levels[ZERO] if levels.get(ZERO, 0) > 0 else math.inf
+    plot = lines_plot(lines, levels, measure == "divergence", highest)
     if plot is None:
         return None
     legend = sorted((line for line in plot.lines if line.points), key=lambda line: line.points[-1][1])

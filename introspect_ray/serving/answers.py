@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,6 +24,7 @@ from introspect_ray.serving.api import (
     Models,
     PatchRequest,
     Prediction,
+    ScoreActivationsItem,
     Scored,
     ScoreLatentItem,
     ScoreRequest,
@@ -36,7 +39,15 @@ from introspect_ray.serving.api import (
     failed,
     within,
 )
-from introspect_ray.serving.calls import EXPLAINERS, Busy, Retrying, simulator_deployment, target_deployment
+from introspect_ray.serving.calls import (
+    EXPLAINERS,
+    Busy,
+    Retrying,
+    Unavailable,
+    simulator_deployment,
+    target_deployment,
+    together,
+)
 from introspect_ray.serving.scoring import pearson
 from introspect_ray.serving.values import Question, TrueActivations, VectorAt
 
@@ -46,6 +57,8 @@ ITEMS_PER_CALL = 16
 """Items of one request that one replica explains."""
 READY_S = 5.0
 """Time in which every deployment must answer to be ready."""
+READY_FOR_S = 1.0
+"""Time for which the answer stands."""
 
 
 class RequestFailed(Exception):
@@ -69,6 +82,9 @@ class Answers:
         self._targets = {one.name: one for one in models.targets}
         self._explainers = {one.name: one for one in config.explainers}
         self._simulators = {one.name: one for one in config.simulators}
+        self._is_ready = False
+        self._ready_until = 0.0
+        self._asking_all = asyncio.Lock()
         self._deployments = [
             *map(target_deployment, self._targets),
             *map(simulator_deployment, self._simulators),
@@ -88,13 +104,11 @@ class Answers:
         found = await self._vectors(served, request.items)
         good = [number for number, one in enumerate(found) if isinstance(one, VectorAt)]
         chunks = [good[start : start + ITEMS_PER_CALL] for start in range(0, len(good), ITEMS_PER_CALL)]
-        texts = await asyncio.gather(
-            *(
-                self._calls.call(
-                    EXPLAINERS, "describe", [found[n] for n in chunk], request.max_new_tokens, model=served.name
-                )
-                for chunk in chunks
+        texts = await together(
+            self._calls.call(
+                EXPLAINERS, "describe", [found[n] for n in chunk], request.max_new_tokens, model=served.name
             )
+            for chunk in chunks
         )
         said = dict(zip(good, (text for chunk in texts for text in chunk), strict=True))
         return Explanations(items=self._items([said.get(number, one) for number, one in enumerate(found)]))
@@ -105,14 +119,15 @@ class Answers:
         self._check(request)
         if len(request.items) != 1:
             raise _failed("bad_request", f"expected one item to stream, found {len(request.items)}", "items")
-        (vector,) = await self._vectors(served, request.items)
-        if isinstance(vector, Failed):
-            raise RequestFailed(within(vector, "items.0"))
-        async for piece in self._calls.stream(EXPLAINERS, "stream", vector, request.max_new_tokens, model=served.name):
-            if isinstance(piece, Failed):
-                raise RequestFailed(within(piece, "items.0"))
-            yield piece
-        self._count_item("ok")
+        with self._one_item():
+            (vector,) = await self._vectors(served, request.items)
+            if isinstance(vector, Failed):
+                raise RequestFailed(within(vector, "items.0"))
+            arguments = vector, request.max_new_tokens
+            async for piece in self._calls.stream(EXPLAINERS, "stream", *arguments, model=served.name):
+                if isinstance(piece, Failed):
+                    raise RequestFailed(within(piece, "items.0"))
+                yield piece
 
     async def what_if(self, request: PatchRequest | AblateRequest) -> WhatIf:
         """What the explainer says of an intervention, beside what the target does."""
@@ -120,10 +135,13 @@ class Answers:
         served = self._explainer(request.explainer, "activation_patching" if is_patch else "input_ablation")
         self._check(request)
         arguments = (request,) if is_patch else (request, served.questions)
-        question: Question = _whole(await self._calls.call(target_deployment(served.target), request.kind, *arguments))
-        prediction: Prediction = _whole(
-            await self._calls.call(EXPLAINERS, "predict", question.query, model=served.name)
-        )
+        with self._one_item():
+            question: Question = _whole(
+                await self._calls.call(target_deployment(served.target), request.kind, *arguments)
+            )
+            prediction: Prediction = _whole(
+                await self._calls.call(EXPLAINERS, "predict", question.query, model=served.name)
+            )
         truth = question.truth
         agrees = (prediction.changed, prediction.content) == (truth.changed, truth.content)
         return WhatIf(clean=question.clean, truth=truth, prediction=prediction, agrees=agrees)
@@ -137,23 +155,22 @@ class Answers:
         """Simulated and true activations of every item, and how well the one follows the other."""
         served = self._simulator(request.simulator)
         self._check(request)
-        items = request.items
-
-        async def true(item: Any) -> TrueActivations | Failed | list[float]:
-            if not isinstance(item, ScoreLatentItem):
-                return list(item.activations)
-            arguments = item.text, item.coder, item.latent
-            found: TrueActivations | Failed = await self._calls.call(
-                target_deployment(served.target), "true_activations", *arguments
-            )
-            return found
-
-        asked = [SimulateItem(description=one.description, text=one.text) for one in items]
-        simulated, truths = await asyncio.gather(self._simulated(served, asked), asyncio.gather(*map(true, items)))
+        asked = [SimulateItem(description=one.description, text=one.text) for one in request.items]
+        both: list[list[Any]] = await together(
+            (self._simulated(served, asked), self._true_activations(served, request.items))
+        )
+        simulated, truths = both
         return Scores(items=self._items([_scored(*pair) for pair in zip(simulated, truths, strict=True)]))
 
     async def ready(self) -> bool:
-        """Whether every deployment answers."""
+        """Whether every deployment answers, as of at most a moment ago: anybody may ask, as often as they like."""
+        async with self._asking_all:
+            if time.monotonic() >= self._ready_until:
+                self._is_ready = await self._all_answer()
+                self._ready_until = time.monotonic() + READY_FOR_S
+            return self._is_ready
+
+    async def _all_answer(self) -> bool:
         pings = (self._calls.call(deployment, "ping") for deployment in self._deployments)
         try:
             async with asyncio.timeout(READY_S):
@@ -167,6 +184,16 @@ class Answers:
             simulator_deployment(served.name), "simulate", list(items)
         )
         return found
+
+    async def _true_activations(
+        self, served: ServedSimulator, items: Sequence[ScoreLatentItem | ScoreActivationsItem]
+    ) -> list[TrueActivations | Failed | list[float]]:
+        """Those that items bring along, and those of latents, which are asked of the target in one call."""
+        asked = [item for item in items if isinstance(item, ScoreLatentItem)]
+        given: Iterator[TrueActivations | Failed] = iter(())
+        if asked:
+            given = iter(await self._calls.call(target_deployment(served.target), "true_activations", asked))
+        return [next(given) if isinstance(item, ScoreLatentItem) else list(item.activations) for item in items]
 
     async def _vectors(self, served: ServedExplainer, items: Sequence[Any]) -> list[VectorAt | Failed]:
         """The vectors that the items stand for; texts and latents are asked of the target in one call."""
@@ -224,6 +251,19 @@ class Answers:
             raise _failed(
                 "bad_request", f"{wanted} asked for, at most {limits.max_new_tokens} are written", "max_new_tokens"
             )
+
+    @contextmanager
+    def _one_item(self) -> Iterator[None]:
+        """Counts the one item of a request, which the block answers."""
+        try:
+            yield
+        except RequestFailed as error:
+            self._count_item(error.failure.error.code)
+            raise
+        except (Busy, Unavailable) as error:
+            self._count_item("busy" if isinstance(error, Busy) else "unavailable")
+            raise
+        self._count_item("ok")
 
     def _items(self, items: Sequence[Any]) -> list[Any]:
         """The items, counted, each failure's field seen from the request."""

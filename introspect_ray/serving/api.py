@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from introspect_ray.config import TaskName
 from introspect_ray.config.serving import NAME_PATTERN
@@ -35,6 +36,21 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=64)]
 Text = Annotated[str, Field(min_length=1)]
 Index = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _different(numbers: list[int]) -> list[int]:
+    if len(set(numbers)) < len(numbers):
+        raise PydanticCustomError("not_different", "a number occurs twice, expected different ones")
+    return numbers
+
+
+MOST_INDICES = 65536
+"""Layers or positions that a request may name: more than any model has, and few enough to be looked at."""
+Indices = Annotated[
+    list[Index],
+    Field(min_length=1, max_length=MOST_INDICES, json_schema_extra={"uniqueItems": True}),
+    AfterValidator(_different),
+]
 
 
 class _Api(BaseModel):
@@ -163,9 +179,9 @@ class ActivationsRequest(_Api):
 
     target: Name
     text: Text
-    layers: Annotated[list[Index], Field(min_length=1)] | None = None
+    layers: Indices | None = None
     """None: all."""
-    positions: Annotated[list[Index], Field(min_length=1)] | None = None
+    positions: Indices | None = None
     """Of the vectors; none: all."""
     vectors: bool = False
 

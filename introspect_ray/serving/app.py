@@ -41,12 +41,12 @@ def build(tree: dict[str, Any]) -> Application:
 def application(config: ServeConfig, models: Models, digest: str | None) -> Application:
     """Gateway and deployments, bound together. `digest`: of the token that requests need."""
     tree = resolved(config)
-    batching = tree["batching"]
+    batching, limits = tree["batching"], tree["limits"]
     handles: dict[str, Any] = {}
     for target in config.targets:
         name = target_deployment(target.name)
         handles[name] = _deployment(deployments.TargetModel, name, target.replicas, config).bind(
-            resolved(target), batching, config.limits.vector_entries
+            resolved(target), batching, limits
         )
     if config.explainers:
         explainers = _deployment(deployments.Explainer, EXPLAINERS, config.explainer_replicas, config)
@@ -55,7 +55,7 @@ def application(config: ServeConfig, models: Models, digest: str | None) -> Appl
     for simulator in config.simulators:
         name = simulator_deployment(simulator.name)
         handles[name] = _deployment(deployments.Simulator, name, simulator.replicas, config).bind(
-            resolved(simulator), targets[simulator.target], batching
+            resolved(simulator), targets[simulator.target], batching, limits
         )
     gateway = _deployment(serve.ingress()(deployments.Gateway), "Gateway", config.gateway, config)
     return gateway.bind(tree, models.model_dump(), digest, handles)

@@ -20,6 +20,9 @@ A = TypeVar("A", bound=BaseModel)
 RETRYABLE = frozenset({0, 408, 429, 502, 503, 504})
 """Statuses after which a request is sent again; 0 stands for no answer."""
 
+MOST_TIMEOUTS = 1
+"""Times that a request is sent again after it took longer than it may."""
+
 
 class ServiceError(Exception):
     """An answer that is an error, or none at all; `status` is 0 where no answer came."""
@@ -51,6 +54,29 @@ class Retries:
         pause = min(self.longest_pause_s, self.first_pause_s * 2**attempt) * random.uniform(0.5, 1)
         said = "" if response is None else response.headers.get("retry-after", "")
         return max(pause, float(said)) if said.isdigit() else pause
+
+
+class Attempts:
+    """Those of one request."""
+
+    def __init__(self, retries: Retries):
+        self._retries = retries
+        self._made = 0
+        self._timeouts = 0
+
+    def pause_s(self, error: Exception, response: httpx2.Response | None, begun: bool = False) -> float:
+        """See `Retries.pause_s`; one whose answer has `begun` is not sent again.
+
+        One that takes too long is sent again once: models work on it for as long each time.
+        """
+        late = isinstance(error, httpx2.ReadTimeout) or (
+            isinstance(error, ServiceError) and error.error.code == "timeout"
+        )
+        self._timeouts += late
+        is_last = begun or self._timeouts > MOST_TIMEOUTS
+        pause = self._retries.pause_s(self._retries.most if is_last else self._made, error, response)
+        self._made += 1
+        return pause
 
 
 @dataclass(frozen=True)

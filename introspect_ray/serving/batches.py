@@ -8,13 +8,22 @@ to an explainer of 115M parameters on a CPU, 3 ran together on average.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from introspect_ray.config import BatchingConfig
+from introspect_ray.serving.calls import Lost
 
 A = TypeVar("A")
 R = TypeVar("R")
+
+
+@dataclass(frozen=True, eq=False)
+class _Waiting(Generic[R, A]):
+    request: R
+    items: int
+    answer: asyncio.Future[A]
 
 
 class Batches(Generic[R, A]):
@@ -24,41 +33,65 @@ class Batches(Generic[R, A]):
         """`run`: answers to requests of one key, in their order."""
         self._run = run
         self._config = config
-        self._waiting: dict[str, list[tuple[R, asyncio.Future[A]]]] = {}
+        self._waiting: dict[str, list[_Waiting[R, A]]] = {}
         self._task: asyncio.Task[None] | None = None
 
-    async def ask(self, request: R, key: str = "") -> A:
-        """The answer to a request; only those of equal keys share a batch. Raises what its batch raised."""
+    async def ask(self, request: R, key: str = "", items: int = 1) -> A:
+        """The answer to a request of so many items; only those of equal keys share a batch.
+
+        Raises what its batch raised; Lost if the batch was cancelled.
+        """
         answer: asyncio.Future[A] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(key, []).append((request, answer))
+        self._waiting.setdefault(key, []).append(_Waiting(request, items, answer))
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run_all())
         return await answer
 
     async def _run_all(self) -> None:
-        while self._waiting:
-            if all(len(waiting) < self._config.max_size for waiting in self._waiting.values()):
-                await asyncio.sleep(self._config.wait_s)
-            if batch := self._next():
-                await self._run_one(*batch)
-
-    def _next(self) -> tuple[str, list[tuple[R, asyncio.Future[A]]]] | None:
-        """The requests of the key that has waited longest, without those that nobody waits for any more."""
-        key = next(iter(self._waiting))
-        waiting = [one for one in self._waiting.pop(key) if not one[1].cancelled()]
-        batch, rest = waiting[: self._config.max_size], waiting[self._config.max_size :]
-        if rest:
-            self._waiting[key] = rest  # behind the other keys
-        return (key, batch) if batch else None
-
-    async def _run_one(self, key: str, batch: list[tuple[R, asyncio.Future[A]]]) -> None:
         try:
-            found = await self._run(key, [request for request, _ in batch])
-        except Exception as error:
-            for _, answer in batch:
-                if not answer.done():
-                    answer.set_exception(error)
-            return
-        for (_, answer), one in zip(batch, found, strict=True):
-            if not answer.done():
-                answer.set_result(one)
+            while self._waiting:
+                if all(_items(waiting) < self._config.max_size for waiting in self._waiting.values()):
+                    await asyncio.sleep(self._config.wait_s)
+                if batch := self._next():
+                    await self._run_one(*batch)
+        except BaseException as error:
+            for waiting in self._waiting.values():
+                _fail(waiting, error)
+            self._waiting.clear()
+            raise
+
+    def _next(self) -> tuple[str, list[_Waiting[R, A]]] | None:
+        """Requests of the key that has waited longest, without those that nobody waits for any more.
+
+        As many as fit into a batch, in their order; one that is larger than a batch is one by itself.
+        """
+        key = next(iter(self._waiting))
+        waiting = [one for one in self._waiting.pop(key) if not one.answer.cancelled()]
+        count = 0
+        while count < len(waiting) and (count == 0 or _items(waiting[: count + 1]) <= self._config.max_size):
+            count += 1
+        if waiting[count:]:
+            self._waiting[key] = waiting[count:]  # behind the other keys
+        return (key, waiting[:count]) if count else None
+
+    async def _run_one(self, key: str, batch: list[_Waiting[R, A]]) -> None:
+        try:
+            found = await self._run(key, [one.request for one in batch])
+            for one, answer in zip(batch, found, strict=True):
+                if not one.answer.done():
+                    one.answer.set_result(answer)
+        except BaseException as error:
+            _fail(batch, error)
+            if not isinstance(error, Exception):
+                raise
+
+
+def _items(waiting: Iterable[_Waiting[R, A]]) -> int:
+    return sum(one.items for one in waiting)
+
+
+def _fail(waiting: Iterable[_Waiting[R, A]], error: BaseException) -> None:
+    """Who waits for an answer that does not come hears why; a cancelled batch may be asked for again."""
+    for one in waiting:
+        if not one.answer.done():
+            one.answer.set_exception(error if isinstance(error, Exception) else Lost("the batch was cancelled"))

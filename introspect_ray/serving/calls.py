@@ -7,7 +7,7 @@ another replica or on the one that takes its place. Serve itself does not do tha
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
@@ -47,6 +47,21 @@ def simulator_deployment(name: str) -> str:
 
 
 EXPLAINERS = "Explainer"
+
+
+async def together(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """The answers in their order; if one call fails, or whoever asked leaves, the others end before this does.
+
+    Raises what the call raised that failed first.
+    """
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
 
 
 class Retrying:

@@ -20,6 +20,7 @@ from introspect_ray.serving import api
 from introspect_ray.serving.asking import (
     A,
     Ask,
+    Attempts,
     Events,
     Retries,
     ServiceError,
@@ -83,7 +84,7 @@ class Client:
     ) -> Iterator[str | api.Explanation]:
         """Pieces of text, then the whole."""
         body = ask_explain(explainer, [item], max_new_tokens).body
-        attempt = 0
+        attempts = Attempts(self._retries)
         while True:
             response, events, begun = None, Events(), False
             try:
@@ -98,9 +99,8 @@ class Client:
                 events.check_done()
                 return
             except _ERRORS as error:
-                pause = self._retries.pause_s(self._retries.most if begun else attempt, error, response)
+                pause = attempts.pause_s(error, response, begun)
             time.sleep(pause)
-            attempt += 1
 
     def what_if(self, request: api.PatchRequest | api.AblateRequest) -> api.WhatIf:
         return self._ask(ask_what_if(request))
@@ -114,16 +114,15 @@ class Client:
         return self._ask(ask_score(simulator, items)).items
 
     def _ask(self, ask: Ask[A]) -> A:
-        attempt = 0
+        attempts = Attempts(self._retries)
         while True:
             response = None
             try:
                 response = self._http.request(ask.method, ask.path, json=ask.body)
                 return ask.answer(response)
             except _ERRORS as error:
-                pause = self._retries.pause_s(attempt, error, response)
+                pause = attempts.pause_s(error, response)
             time.sleep(pause)
-            attempt += 1
 
 
 class AsyncClient:
@@ -170,7 +169,7 @@ class AsyncClient:
     ) -> AsyncIterator[str | api.Explanation]:
         """Pieces of text, then the whole."""
         body = ask_explain(explainer, [item], max_new_tokens).body
-        attempt = 0
+        attempts = Attempts(self._retries)
         while True:
             response, events, begun = None, Events(), False
             try:
@@ -185,9 +184,8 @@ class AsyncClient:
                 events.check_done()
                 return
             except _ERRORS as error:
-                pause = self._retries.pause_s(self._retries.most if begun else attempt, error, response)
+                pause = attempts.pause_s(error, response, begun)
             await asyncio.sleep(pause)
-            attempt += 1
 
     async def what_if(self, request: api.PatchRequest | api.AblateRequest) -> api.WhatIf:
         return await self._ask(ask_what_if(request))
@@ -201,13 +199,12 @@ class AsyncClient:
         return (await self._ask(ask_score(simulator, items))).items
 
     async def _ask(self, ask: Ask[A]) -> A:
-        attempt = 0
+        attempts = Attempts(self._retries)
         while True:
             response = None
             try:
                 response = await self._http.request(ask.method, ask.path, json=ask.body)
                 return ask.answer(response)
             except _ERRORS as error:
-                pause = self._retries.pause_s(attempt, error, response)
+                pause = attempts.pause_s(error, response)
             await asyncio.sleep(pause)
-            attempt += 1

@@ -14,11 +14,11 @@ import os
 import sys
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
-from introspect_ray.config import BatchingConfig, ServeConfig, ServedSimulator, ServedTarget
+from introspect_ray.config import BatchingConfig, LimitsConfig, ServeConfig, ServedSimulator, ServedTarget
 
 if TYPE_CHECKING:  # torch loads in the replicas that need it
     from introspect_ray.explainer.query import Query
@@ -31,13 +31,15 @@ if TYPE_CHECKING:  # torch loads in the replicas that need it
         LatentItem,
         PatchRequest,
         Prediction,
+        ScoreLatentItem,
         Simulated,
         SimulateItem,
         TokenItem,
     )
     from introspect_ray.serving.values import Question, TrueActivations, VectorAt
 
-T = TypeVar("T")
+DEVICE_FAILED = 70
+"""Exit status of a replica whose device failed."""
 
 
 class _Replica:
@@ -48,42 +50,49 @@ class _Replica:
         from introspect_ray.serving.model_thread import ModelThread
 
         use_assigned_threads()
-        self._thread = ModelThread()
+        self._thread = ModelThread(end=partial(os._exit, DEVICE_FAILED))
 
     async def ping(self) -> int:
         """Process id of this replica."""
         return os.getpid()
 
-    def check_health(self) -> None:
-        self._thread.check()
-
 
 class TargetModel(_Replica):
     """A target with its coders."""
 
-    def __init__(self, tree: dict[str, Any], batching: dict[str, Any], vector_entries: int):
+    def __init__(self, tree: dict[str, Any], batching: dict[str, Any], limits: dict[str, Any]):
         from introspect_ray.serving.batches import Batches
         from introspect_ray.serving.model_thread import by_request
         from introspect_ray.serving.target_model import TargetService
 
         super().__init__()
-        self._service = TargetService.load(ServedTarget.model_validate(tree), vector_entries)
+        self._service = TargetService.load(
+            ServedTarget.model_validate(tree), limits=LimitsConfig.model_validate(limits)
+        )
         self._vectors_by_request = by_request(self._service.vectors)
-        self._batches = Batches(self._run_vectors, BatchingConfig.model_validate(batching))
+        self._true_activations_by_request = by_request(self._service.true_activations)
+        config = BatchingConfig.model_validate(batching)
+        self._vectors = Batches(self._run_vectors, config)
+        self._true_activations = Batches(self._run_true_activations, config)
 
     async def activations(self, request: ActivationsRequest) -> Activations | Failed:
         return await self._thread.run(self._service.activations, request)
 
     async def vectors(self, items: Sequence[TokenItem | LatentItem]) -> list[VectorAt | Failed]:
-        return await self._batches.ask(items)
+        return await self._vectors.ask(items, items=len(items))
 
     async def _run_vectors(
         self, _: str, requests: list[Sequence[TokenItem | LatentItem]]
     ) -> list[list[VectorAt | Failed]]:
         return await self._thread.run_batch(self._vectors_by_request, requests)
 
-    async def true_activations(self, text: str, coder: str, latent: int) -> TrueActivations | Failed:
-        return await self._thread.run(self._service.true_activations, text, coder, latent)
+    async def true_activations(self, items: Sequence[ScoreLatentItem]) -> list[TrueActivations | Failed]:
+        return await self._true_activations.ask(items, items=len(items))
+
+    async def _run_true_activations(
+        self, _: str, requests: list[Sequence[ScoreLatentItem]]
+    ) -> list[list[TrueActivations | Failed]]:
+        return await self._thread.run_batch(self._true_activations_by_request, requests)
 
     async def patch(self, request: PatchRequest) -> Question | Failed:
         return await self._thread.run(self._service.patch, request)
@@ -106,7 +115,8 @@ class Explainer(_Replica):
         self._service = ExplainerService(config.explainers, device, most, config.batching.max_size)
         for served in config.explainers[:most]:
             self._service.load(served.name)
-        self._batches = Batches(self._run_described, config.batching)
+        self._described = Batches(self._run_described, config.batching)
+        self._predicted = Batches(self._run_predicted, config.batching)
 
         async def load(name: str) -> str:
             await self._thread.run(self._service.load, name)
@@ -116,7 +126,7 @@ class Explainer(_Replica):
         self._load = serve.multiplexed(max_num_models_per_replica=most)(load)
 
     async def describe(self, vectors: Sequence[VectorAt], max_new_tokens: int | None) -> list[Explanation | Failed]:
-        return await self._batches.ask((vectors, max_new_tokens), await self._here())
+        return await self._described.ask((vectors, max_new_tokens), await self._here(), items=len(vectors))
 
     async def _run_described(
         self, name: str, requests: list[tuple[Sequence[VectorAt], int | None]]
@@ -148,8 +158,16 @@ class Explainer(_Replica):
             left = True
 
     async def predict(self, query: Query) -> Prediction | Failed:
-        name = await self._here()
-        return (await self._thread.run(self._service.predict, name, [query]))[0]
+        (found,) = await self._predicted.ask([query], await self._here())
+        return found
+
+    async def _run_predicted(self, name: str, requests: list[Sequence[Query]]) -> list[list[Prediction | Failed]]:
+        from introspect_ray.serving.model_thread import by_request
+
+        def predict(queries: list[Query]) -> list[Prediction | Failed]:
+            return self._service.predict(name, queries)
+
+        return await self._thread.run_batch(by_request(predict), requests)
 
     async def _here(self) -> str:
         """Name of the explainer that is asked for, after it was loaded."""
@@ -160,20 +178,22 @@ class Explainer(_Replica):
 class Simulator(_Replica):
     """A simulator."""
 
-    def __init__(self, tree: dict[str, Any], target: dict[str, Any], batching: dict[str, Any]):
+    def __init__(self, tree: dict[str, Any], target: dict[str, Any], batching: dict[str, Any], limits: dict[str, Any]):
         from introspect_ray.serving.batches import Batches
         from introspect_ray.serving.model_thread import by_request
         from introspect_ray.serving.simulators import SimulatorService
 
         super().__init__()
         self._service = SimulatorService.load(
-            ServedSimulator.model_validate(tree), ServedTarget.model_validate(target).model
+            ServedSimulator.model_validate(tree),
+            ServedTarget.model_validate(target).model,
+            LimitsConfig.model_validate(limits),
         )
         self._simulate_by_request = by_request(self._service.simulate)
         self._batches = Batches(self._run_simulated, BatchingConfig.model_validate(batching))
 
     async def simulate(self, items: Sequence[SimulateItem]) -> list[Simulated | Failed]:
-        return await self._batches.ask(items)
+        return await self._batches.ask(items, items=len(items))
 
     async def _run_simulated(self, _: str, requests: list[Sequence[SimulateItem]]) -> list[list[Simulated | Failed]]:
         return await self._thread.run_batch(self._simulate_by_request, requests)
@@ -210,10 +230,11 @@ class Gateway:
 
 
 def _log_to_stdout() -> None:
-    """Lines about requests go to the replica's own log file, which Ray keeps."""
-    logger = logging.getLogger("introspect_ray.serving")
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.handlers = [handler]
+    """Lines about requests go to the replica's own log file, which Ray keeps: bare, because each is JSON."""
+    for name, form in (("", "%(asctime)s %(levelname)s %(message)s"), (".requests", "%(message)s")):
+        logger = logging.getLogger(f"introspect_ray.serving{name}")
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter(form))
+        logger.handlers = [handler]

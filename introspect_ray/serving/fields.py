@@ -8,7 +8,7 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 from introspect_ray.errors import UserError
-from introspect_ray.serving.api import Failed, failed
+from introspect_ray.serving.api import ErrorCode, Failed, failed
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -17,9 +17,9 @@ T = TypeVar("T")
 class FieldError(Exception):
     """A request that cannot be answered because of one of its fields."""
 
-    def __init__(self, message: str, field: str | None):
+    def __init__(self, message: str, field: str | None, code: ErrorCode = "bad_request"):
         super().__init__(message)
-        self.failure = failed("bad_request", message, field)
+        self.failure = failed(code, message, field)
 
 
 @contextmanager

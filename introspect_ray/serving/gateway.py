@@ -13,13 +13,14 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
 import introspect_ray
 from introspect_ray.config import ServeConfig
 from introspect_ray.serving import api, calls
 from introspect_ray.serving.answers import Answers, RequestFailed
 from introspect_ray.serving.api import STATUS, ErrorCode, Failed, failed
-from introspect_ray.serving.guard import INTERNAL, Guard
+from introspect_ray.serving.guard import INTERNAL, METRICS_PATH, Guard
 from introspect_ray.serving.metrics import GatewayMetrics
 
 PAGE = Path(__file__).parent / "page"
@@ -69,6 +70,7 @@ def create_gateway(
     _add_routes(app, answers, guard)
     _add_pages(app, metrics)
     _add_errors(app)
+    guard.routes = frozenset(route.path for route in app.routes if isinstance(route, Route))
     return guard
 
 
@@ -120,13 +122,15 @@ def _add_routes(app: FastAPI, answers: Answers, guard: Guard) -> None:
 
 
 def _add_pages(app: FastAPI, metrics: GatewayMetrics) -> None:
-    @app.get("/metrics", response_class=Response, responses=_TEXT)
+    @app.get(METRICS_PATH, response_class=Response, responses=_TEXT)
     async def prometheus() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    document = json.dumps(description(app))  # of the routes so far: the page is no part of the API
+
     @app.get("/openapi.json", include_in_schema=False)
-    async def openapi() -> JSONResponse:
-        return JSONResponse(description(app))
+    async def openapi() -> Response:
+        return Response(document, media_type="application/json")
 
     if PAGE.is_dir():
         app.mount("/static", StaticFiles(directory=PAGE), name="static")

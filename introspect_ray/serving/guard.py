@@ -1,6 +1,7 @@
 """What every request passes before a route sees it, and what is said of it afterwards.
 
     host, token -> room -> body (size, time) -> route (time) -> one line in the log, metrics
+    host ---------------------------------------> route (time) -> the same, for what is open to all
 
 An ASGI application around another one, so that refusals cost no parsing.
 """
@@ -12,8 +13,10 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from introspect_ray.config import LimitsConfig
@@ -27,10 +30,14 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 logger = logging.getLogger("introspect_ray.serving.requests")
+"""One JSON object per request, and nothing else."""
+_defects = logging.getLogger("introspect_ray.serving.defects")
 
 OPEN_PATHS = ("/", "/v1/health", "/v1/ready", "/openapi.json")
 OPEN_FOLDER = "/static/"
 """What needs no token: the page, which asks for one, the API's description, and probes."""
+METRICS_PATH = "/metrics"
+"""Needs a token, but neither room nor a service that goes on: a full service is to be seen as well."""
 RETRY_AFTER_S = 1
 LOGGED_CHARACTERS = 2000
 INTERNAL = "an error of this service; its log says more under the answer's X-Request-ID"
@@ -65,7 +72,10 @@ class Guard:
     metrics: GatewayMetrics
     log_texts: bool = False
     draining: bool = False
+    routes: frozenset[str] = frozenset()
+    """Paths that metrics and log tell apart."""
     in_flight: int = field(default=0, init=False)
+    """Requests under way that hold a place."""
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -95,24 +105,32 @@ class _Exchange:
 
     async def run(self) -> None:
         started = time.monotonic()
-        self._guard.in_flight += 1
-        self._guard.metrics.in_flight.inc()
         try:
-            self._admit()
-            await self._read_body()
-            await self._answer()
+            if self._takes_place():
+                with self._place():
+                    await self._read_and_answer()
+            else:
+                await self._read_and_answer(with_body=False)
         except Refused as refusal:
             await self._refuse(refusal)
         finally:
-            self._guard.in_flight -= 1
-            self._guard.metrics.in_flight.dec()
             self._report(time.monotonic() - started)
+
+    async def _read_and_answer(self, with_body: bool = True) -> None:
+        """To the end of the answer, whatever it is, so that a request holds its place until it has been told."""
+        try:
+            if with_body:
+                await self._read_body()
+            await self._answer()
+        except Refused as refusal:
+            await self._refuse(refusal)
 
     def note(self, code: str) -> None:
         """The error code of the answer, for the log."""
         self._code = code
 
-    def _admit(self) -> None:
+    def _takes_place(self) -> bool:
+        """Whether this request is one of those whose number is bounded. Raises Refused for one that may not be made."""
         path = self._scope["path"]
         is_open = path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
         if self._guard.digest is None:
@@ -121,12 +139,23 @@ class _Exchange:
                 raise Refused("bad_request", "expected a Host header that names this machine's loopback address")
         elif not is_open and not matches(self._header(b"authorization"), self._guard.digest):
             raise Refused("unauthorized", "expected a header 'Authorization: Bearer TOKEN' with this service's token")
-        if is_open:
-            return
-        if self._guard.draining:
+        return not is_open and path != METRICS_PATH
+
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        """Among the requests under way. Raises Refused if there is none."""
+        guard = self._guard
+        if guard.draining:
             raise Refused("unavailable", "this service is about to stop")
-        if self._guard.in_flight > self._guard.limits.in_flight:
+        if guard.in_flight >= guard.limits.in_flight:
             raise Refused("busy", "too many requests are under way")
+        guard.in_flight += 1
+        guard.metrics.in_flight.inc()
+        try:
+            yield
+        finally:
+            guard.in_flight -= 1
+            guard.metrics.in_flight.dec()
 
     def _header(self, name: bytes) -> str:
         value: bytes = self._headers.get(name, b"")
@@ -172,7 +201,7 @@ class _Exchange:
         except TimeoutError:
             raise Refused("timeout", f"no answer within {self._guard.limits.seconds:g} s") from None
         except Exception:
-            logger.exception("request %s", self._id)
+            _defects.exception("request %s", self._id)
             raise Refused("internal", INTERNAL) from None
 
     async def _forward(self, message: Message) -> None:
@@ -203,10 +232,17 @@ class _Exchange:
         await self._forward({"type": "http.response.start", "status": refusal.status, "headers": headers})
         await self._forward({"type": "http.response.body", "body": body, "more_body": False})
 
+    def _route(self) -> str:
+        path = self._scope["path"]
+        if path.startswith(OPEN_FOLDER):
+            return OPEN_FOLDER
+        return path if path in self._guard.routes else "unmatched"
+
     def _report(self, seconds: float) -> None:
-        route = getattr(self._scope.get("route"), "path", "unmatched")
+        route = self._route()
         self._guard.metrics.count_request(route, self._status, seconds)
         line: dict[str, Any] = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "id": self._id,
             "method": self._scope["method"] if len(self._scope["method"]) < 10 else "unknown",
             "route": route,

@@ -8,13 +8,30 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError, WorkerCrashedError
+from ray.exceptions import (
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from introspect_ray.serving.calls import Busy, Lost, Unavailable
 
-_LOST = (RayActorError, WorkerCrashedError, ObjectLostError, ReplicaUnavailableError)
+_LOST = (
+    RayActorError,
+    WorkerCrashedError,
+    ObjectLostError,
+    ReplicaUnavailableError,
+    OutOfMemoryError,  # what the calls of an actor raise that Ray's memory monitor has killed
+    NodeDiedError,
+    LocalRayletDiedError,
+    Lost,  # what a replica says of itself
+)
 
 
 class ServeDeployments:
@@ -26,7 +43,12 @@ class ServeDeployments:
 
     async def call(self, deployment: str, method: str, *arguments: Any, model: str = "") -> Any:
         with _ray_errors(deployment):
-            return await self._method(deployment, method, model, False).remote(*arguments)
+            response = self._method(deployment, method, model, False).remote(*arguments)
+            try:
+                return await response
+            except asyncio.CancelledError:
+                response.cancel()  # whoever asked has left
+                raise
 
     async def stream(self, deployment: str, method: str, *arguments: Any, model: str = "") -> AsyncIterator[Any]:
         with _ray_errors(deployment):

@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from introspect_ray.interventions.memory import is_device_error
 from introspect_ray.serving.api import Failed, failed
+from introspect_ray.serving.calls import Lost
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -16,23 +18,28 @@ T = TypeVar("T")
 
 logger = logging.getLogger("introspect_ray.serving.models")
 
-BROKEN = "CUDA error"
-"""What torch says when a GPU's context is lost: nothing runs in that process any more. Lack of memory is no such."""
-
 
 class ModelThread:
     """Runs calls one after the other, while the event loop answers health checks and collects the next batch."""
 
-    def __init__(self) -> None:
+    def __init__(self, end: Callable[[], None]):
+        """`end`: ends this process, which is called when its device has failed: nothing runs in it any more then.
+
+        Health checks would take seconds to find that out, and a replica that fails at once draws requests meanwhile.
+        """
         self._executor = ThreadPoolExecutor(1)
-        self._is_broken = False
+        self._end = end
 
     async def run(self, call: Callable[..., T], *arguments: Any) -> T:
+        """The call's answer. Raises what it raises; Lost, so that it is made again elsewhere, if the device failed."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self._executor, call, *arguments)
-        except RuntimeError as error:
-            self._is_broken = self._is_broken or BROKEN in str(error)
-            raise
+        except Exception as error:
+            if not is_device_error(error):
+                raise
+            logger.exception("the device has failed: this process ends")
+            self._end()
+            raise Lost("the device has failed") from error
 
     async def run_batch(
         self,
@@ -46,6 +53,8 @@ class ModelThread:
         """
         try:
             return [list(answers) for answers in await self.run(call, requests)]
+        except Lost:
+            raise
         except Exception:
             if len(requests) == 1:
                 raise
@@ -55,15 +64,12 @@ class ModelThread:
     async def _alone(self, call: Callable[[list[R]], list[list[A]]], request: R, size: int) -> list[A | Failed]:
         try:
             (answers,) = await self.run(call, [request])
+        except Lost:
+            raise
         except Exception:
             logger.exception("a request failed by itself, too")
             return [failed("internal", "an error of this service")] * size
         return list(answers)
-
-    def check(self) -> None:
-        """Raises RuntimeError if no call can succeed any more, so that Serve replaces this process."""
-        if self._is_broken:
-            raise RuntimeError("the GPU's context is lost")
 
 
 def by_request(call: Callable[[list[T]], list[A]]) -> Callable[[list[Sequence[T]]], list[list[A]]]:

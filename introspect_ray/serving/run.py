@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import ray
 from ray import serve
 
 from introspect_ray.config import ServeConfig
-from introspect_ray.data.cluster import connect, is_elsewhere, is_verbose, quiet_stderr
+from introspect_ray.data.cluster import connect, is_elsewhere, is_verbose, quiet_stderr, tell
 from introspect_ray.errors import RunFailed, UserError
 from introspect_ray.serving.api import Models
 from introspect_ray.serving.app import application
@@ -26,8 +28,9 @@ CHEAPER_REQUESTS = {
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
 }
-"""What Serve's processes inherit from this one: fewer threads to hand a request between (models have one of their own
-anyway) and fewer writes of its access log. RAY_SERVE_THROUGHPUT_OPTIMIZED would open ports of replicas as well."""
+"""What Serve's processes inherit from the Ray that is started here: fewer threads to hand a request between (models
+have one of their own anyway) and fewer writes of its access log. RAY_SERVE_THROUGHPUT_OPTIMIZED would open ports of
+replicas as well."""
 POLL_S = 0.2
 WATCH_S = 5.0
 LONGEST_REASON = 500
@@ -55,9 +58,9 @@ def serving(config: ServeConfig) -> Iterator[Service]:
     port = config.port or _free_port(config.host)
     if not is_elsewhere():
         _check_port(config.host, port)
-        for name, value in CHEAPER_REQUESTS.items():
-            os.environ.setdefault(name, value)
-    with connect():
+    with ExitStack() as stack:
+        with _variables({} if is_elsewhere() else CHEAPER_REQUESTS):
+            stack.enter_context(connect())
         _check_no_other()
         location = "EveryNode" if is_elsewhere() else "HeadOnly"
         level = "INFO" if is_verbose() else "ERROR"
@@ -66,10 +69,13 @@ def serving(config: ServeConfig) -> Iterator[Service]:
             serve.start(proxy_location=location, http_options=options, logging_config={"log_level": level})
         try:
             _deploy(application(config, models, digest))
-            yield Service(f"http://{_url_host(config.host)}:{port}", models, digest is not None)
+            try:
+                yield Service(f"http://{_url_host(config.host)}:{port}", models, digest is not None)
+            finally:
+                with quiet_stderr():
+                    drain(config.limits.drain_s)
         finally:
             with quiet_stderr():
-                drain(config.limits.drain_s)
                 serve.shutdown()
 
 
@@ -84,16 +90,37 @@ def _deploy(bound: serve.Application) -> None:
 
 def drain(seconds: float) -> None:
     """Refuse new requests, then wait until those under way are answered, at most so long."""
-    deadline = time.monotonic() + seconds
-    try:
-        gateway = serve.get_app_handle(APPLICATION)
+    # In an event loop, because with CHEAPER_REQUESTS in this process's environment handles work nowhere else; and in a
+    # thread, because this one may have a loop already.
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            thread.submit(lambda: asyncio.run(_drain(seconds))).result()
+        except TimeoutError:
+            tell(f"requests were under way after {seconds:g} s: they are not answered")
+        except (RuntimeError, ray.exceptions.RayError, serve.exceptions.RayServeException) as error:
+            tell(f"requests under way are not waited for: {' '.join(str(error).split())[:LONGEST_REASON]}")
+
+
+async def _drain(seconds: float) -> None:
+    gateway = serve.get_app_handle(APPLICATION)
+    async with asyncio.timeout(seconds + POLL_S):
         # A new handle hears of its replicas a moment later.
-        while not gateway.broadcast("drain").results(timeout_s=seconds) and time.monotonic() < deadline:
-            time.sleep(POLL_S)
-        while any(gateway.broadcast("in_flight").results(timeout_s=seconds)) and time.monotonic() < deadline:
-            time.sleep(POLL_S)
-    except (RuntimeError, TimeoutError, ray.exceptions.RayError, serve.exceptions.RayServeException):
-        return  # no gateway is left that could have requests
+        while not await gateway.broadcast("drain").results_async():
+            await asyncio.sleep(POLL_S)
+        while any(await gateway.broadcast("in_flight").results_async()):
+            await asyncio.sleep(POLL_S)
+
+
+@contextmanager
+def _variables(values: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables inside the block, where they are not set to something else already."""
+    added = values.keys() - os.environ.keys()
+    os.environ.update({name: values[name] for name in added})
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def watch() -> None:

@@ -5,19 +5,22 @@ Everything is the library's own calls; a failure is a value, so that one item's 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from introspect_ray.config import InputAblationConfig, ServedTarget
+from introspect_ray.config import InputAblationConfig, LimitsConfig, ServedTarget
 from introspect_ray.features.coder import SparseCoder
 from introspect_ray.features.reading import read_places
 from introspect_ray.features.sae import load_sae
 from introspect_ray.interventions.ablation import ablate_text
 from introspect_ray.interventions.clean import check_prompts
+from introspect_ray.interventions.forward import padded_budget, run_padded
 from introspect_ray.interventions.target import Target
 from introspect_ray.interventions.types import CleanRun, Intervention, check_layers, check_positions
 from introspect_ray.models.tokens import Offset, adds_bos, token_text
@@ -30,6 +33,7 @@ from introspect_ray.serving.api import (
     LatentItem,
     NextToken,
     PatchRequest,
+    ScoreLatentItem,
     Token,
     TokenItem,
     Truth,
@@ -43,24 +47,37 @@ from introspect_ray.tasks.activation_patching import ActivationPatching
 from introspect_ray.tasks.input_ablation import MARKED, InputAblation
 from introspect_ray.tasks.verdict import has_text
 
+T = TypeVar("T")
+
 NEXT_TOKENS = 10
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A text as tokens, and the numbers of the items that ask about it."""
+
+    text: str
+    ids: list[int]
+    offsets: list[Offset]
+    items: list[int]
 
 
 class TargetService:
     """A target and its coders. Not for several threads at once."""
 
-    def __init__(self, target: Target, coders: Mapping[str, SparseCoder], vector_entries: int):
-        """`vector_entries`: numbers that one answer's vectors may have."""
+    def __init__(self, target: Target, coders: Mapping[str, SparseCoder], limits: LimitsConfig):
         self.target = target
         self.coders = dict(coders)
-        self.vector_entries = vector_entries
+        self.limits = limits
+        # Of all that a batch of texts needs, and of its forward pass alone.
+        self._budget, self._pass_budget = padded_budget(target.device), padded_budget(target.device)
 
     @classmethod
-    def load(cls, served: ServedTarget, vector_entries: int) -> TargetService:
+    def load(cls, served: ServedTarget, limits: LimitsConfig) -> TargetService:
         """Raises UserError if the target or a coder cannot be loaded."""
         target = Target.load(served.model)
         coders = {coder.name: load_sae(coder.path).to(target.device) for coder in served.coders}
-        service = cls(target, coders, vector_entries)
+        service = cls(target, coders, limits)
         service.warm_up()
         return service
 
@@ -81,8 +98,8 @@ class TargetService:
             check_positions(tuple(request.positions or ()), len(ids), "position")
         positions = (request.positions or list(range(len(ids)))) if request.vectors else []
         entries = len(layers) * len(positions) * self.target.width
-        if entries > self.vector_entries:
-            message = f"{entries} numbers of vectors asked for, at most {self.vector_entries} are given"
+        if entries > self.limits.vector_entries:
+            message = f"{entries} numbers of vectors asked for, at most {self.limits.vector_entries} are given"
             return failed("too_large", f"{message}: ask for fewer layers or positions", "positions")
         (run,) = self.target.clean_runs([ids])
         chosen = run.residuals[layers].float()
@@ -100,22 +117,45 @@ class TargetService:
         )
 
     def vectors(self, items: Sequence[TokenItem | LatentItem]) -> list[VectorAt | Failed]:
-        """What the items stand for; texts run together, each once."""
-        encoded = {item.text: self._try_encode(item.text) for item in items if isinstance(item, TokenItem)}
-        ids = {text: found for text, found in encoded.items() if not isinstance(found, Failed)}
-        runs = dict(zip(ids, self.target.clean_runs(list(ids.values())), strict=True)) if ids else {}
+        """What the items stand for; each text runs once."""
 
-        def vector(item: TokenItem | LatentItem) -> VectorAt | Failed:
-            if isinstance(item, LatentItem):
-                return self._latent_vector(item)
-            found = encoded[item.text]
-            return found if isinstance(found, Failed) else _residual(runs[item.text], item)
+        places = {n: (one.layer, one.position) for n, one in enumerate(items) if isinstance(one, TokenItem)}
 
-        return [vector(item) for item in items]
+        def read(texts: list[_Read]) -> list[list[VectorAt | Failed]]:
+            # A clean run holds all layers and positions: only what is asked for outlives its batch.
+            runs = self.target.clean_runs([one.ids for one in texts])
+            return [[_residual(run, *places[n]) for n in one.items] for one, run in zip(texts, runs, strict=True)]
+
+        of_texts = self._of_texts({n: one.text for n, one in enumerate(items) if isinstance(one, TokenItem)}, read)
+        return [self._latent_vector(one) if isinstance(one, LatentItem) else of_texts[n] for n, one in enumerate(items)]
+
+    def _of_texts(
+        self, texts: Mapping[int, str], read: Callable[[list[_Read]], list[list[T | Failed]]]
+    ) -> dict[int, T | Failed]:
+        """What `read` finds in the texts of items, by the items' numbers; as many texts at once as memory allows.
+
+        `read`: for each text, the answers to its items.
+        """
+        answers: dict[int, T | Failed] = {}
+        items: dict[str, list[int]] = {}
+        for number, text in texts.items():
+            items.setdefault(text, []).append(number)
+        reads: list[_Read] = []
+        for text, numbers in items.items():
+            encoded = self._try_encode(text)
+            if isinstance(encoded, Failed):
+                answers |= dict.fromkeys(numbers, encoded)
+            else:
+                reads.append(_Read(text, *encoded, numbers))
+        lengths = [len(one.ids) for one in reads]
+        for batch, found in run_padded(lengths, self._budget, lambda batch: read([reads[index] for index in batch])):
+            for index, of_text in zip(batch, found, strict=True):
+                answers |= dict(zip(reads[index].items, of_text, strict=True))
+        return answers
 
     @failing
-    def _try_encode(self, text: str) -> list[int]:
-        return self._encode(text, "text")[0]
+    def _try_encode(self, text: str) -> tuple[list[int], list[Offset]]:
+        return self._encode(text, "text")
 
     @failing
     def _latent_vector(self, item: LatentItem) -> VectorAt | Failed:
@@ -131,17 +171,41 @@ class TargetService:
             raise FieldError(f"latent {latent} is out of range: the coder has {coder.num_latents}", "latent")
         return coder
 
+    def true_activations(self, items: Sequence[ScoreLatentItem]) -> list[TrueActivations | Failed]:
+        """Each item's latent's activations on its text."""
+        answers: dict[int, TrueActivations | Failed] = {}
+        by_coder: dict[str, dict[int, str]] = {}
+        for number, item in enumerate(items):
+            if failure := self._unreadable(item):
+                answers[number] = failure
+            else:
+                by_coder.setdefault(item.coder, {})[number] = item.text
+        for name, texts in by_coder.items():
+            answers |= self._of_texts(texts, partial(self._read_latents, self.coders[name], items))
+        return [answers[number] for number in range(len(items))]
+
     @failing
-    def true_activations(self, text: str, coder: str, latent: int) -> TrueActivations | Failed:
-        """A latent's activations on a text."""
-        found = self._coder(coder, latent)
+    def _unreadable(self, item: ScoreLatentItem) -> None:
+        """A failure if the item's latent has no activations on any text."""
+        self._coder(item.coder, item.latent)
         if not adds_bos(self.target.tokenizer):
             raise FieldError("latents are read from targets that begin texts with a token of their own", "coder")
-        ids, offsets = self._encode(text, "text")
-        if len(ids) == 1:
-            raise FieldError("the text has no tokens", "text")
-        values = latent_activations(self.target, found, ids, latent)
-        return TrueActivations(tokens_of(text, offsets)[1:], values.cpu().double().numpy())
+
+    def _read_latents(
+        self, coder: SparseCoder, items: Sequence[ScoreLatentItem], texts: list[_Read]
+    ) -> list[list[TrueActivations | Failed]]:
+        ids = [one.ids for one in texts]
+        (vectors,) = read_places(self.target.model, ids, coder.layer, [coder.reads], self._pass_budget)
+        answers: list[list[TrueActivations | Failed]] = []
+        for one, rows in zip(texts, vectors.split([len(one) - 1 for one in ids]), strict=True):
+            if not len(rows):
+                answers.append([failed("bad_request", "the text has no tokens", "text")] * len(one.items))
+                continue
+            with torch.no_grad():  # text by text, because a coder has far more latents than a layer has dimensions
+                latents = coder.encode(rows)[:, [items[number].latent for number in one.items]]
+            tokens = tokens_of(one.text, one.offsets)[1:]
+            answers.append([TrueActivations(tokens, column) for column in latents.T.cpu().double().numpy()])
+        return answers
 
     @failing
     def patch(self, request: PatchRequest) -> Question | Failed:
@@ -210,16 +274,16 @@ class TargetService:
     def _encode(self, text: str, name: str) -> tuple[list[int], list[Offset]]:
         """Ids and offsets of a text that the target takes."""
         ids, offsets = self.target.encode_with_offsets(text)
+        check_tokens(len(ids), self.limits, name)
         with field(name):
             check_prompts(self.target.model, [ids])
         return ids, offsets
 
 
-def latent_activations(target: Target, coder: SparseCoder, ids: Sequence[int], latent: int) -> Float[Tensor, " T"]:
-    """One latent's activation at every token of a prompt but the first, begin-of-text."""
-    (read,) = read_places(target.model, [ids], coder.layer, [coder.reads])
-    with torch.no_grad():
-        return coder.encode(read)[:, latent]
+def check_tokens(count: int, limits: LimitsConfig, name: str) -> None:
+    """Raises FieldError for a text of more tokens than one may have, begin-of-text included."""
+    if count > limits.text_tokens:
+        raise FieldError(f"{count} tokens found, at most {limits.text_tokens} are taken", name, "too_large")
 
 
 def tokens_of(text: str, offsets: Sequence[Offset]) -> list[Token]:
@@ -229,9 +293,10 @@ def tokens_of(text: str, offsets: Sequence[Offset]) -> list[Token]:
 
 
 @failing
-def _residual(run: CleanRun, item: TokenItem) -> VectorAt:
+def _residual(run: CleanRun, layer: int, position: int) -> VectorAt:
     with field("layer"):
-        check_layers((item.layer,), len(run.residuals))
+        check_layers((layer,), len(run.residuals))
     with field("position"):
-        check_positions((item.position,), len(run), "position")
-    return VectorAt(run.residuals[item.layer, item.position].float().cpu().numpy(), item.layer)
+        check_positions((position,), len(run), "position")
+    # A copy, because a view would keep the whole run.
+    return VectorAt(run.residuals[layer, position].float().cpu().numpy().copy(), layer)

@@ -7,6 +7,7 @@ run (dataset, explainer) -> test records -> every method's answers (answers/TASK
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,10 +33,13 @@ from introspect_ray.explainer.card import ExplainerCard, local_copy, read_card
 from introspect_ray.tasks.base import Record, Task, stable_id
 from introspect_ray.tasks.registry import get_task
 from introspect_ray.training.answering import AnswerPool
+from introspect_ray.training.held_out import seen_in_training
 from introspect_ray.training.metrics import read_metrics
 
 SCORES_NAME = "scores.json"
 REPORT_NAME = "report.html"
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, str], None]
 """(answers that came, answers in all, task); answers that an earlier run left count as come."""
@@ -77,6 +81,9 @@ def evaluate_explainer(config: EvaluateConfig, progress: Progress) -> Evaluation
         check_chat(config.judge.chat)
     folder = Folder(config.output)
     _claim(folder, config, all_jobs)
+    cautions = [line for job in all_jobs if (line := seen_in_training(job.run.explainer, job.dataset)) is not None]
+    for line in cautions:
+        logger.warning(line)
     tally = _Tally(
         sum(
             len(test) * (_num_texts(contest[0].task, config) + len(contest) - 1 + _num_judged(contest, config))
@@ -93,7 +100,7 @@ def evaluate_explainer(config: EvaluateConfig, progress: Progress) -> Evaluation
     report = Report(
         title="Can the model explain its own computations?",
         created=jobs[0].dataset.manifest.target.path,
-        summary=_summary(config, contests, evaluations),
+        summary=[*_summary(config, contests, evaluations), *(("Caution", line) for line in cautions)],
         tasks=[task_report for _, task_report in evaluated],
     )
     folder.write(REPORT_NAME, render_report(report).encode())

@@ -75,12 +75,15 @@ class DatasetFacts:
     run_key: str
     num_train: int
     num_validation: int
+    split: dict[str, Any] | None
+    """How its groups were split; None for one that was not generated here."""
 
     @classmethod
     def of(cls, dataset: Dataset) -> DatasetFacts:
         manifest = dataset.manifest
         train, validation = (manifest.selected.get(split, 0) for split in ("train", "validation"))
-        return cls(dataset.folder.url, manifest.task, manifest.run_key, train, validation)
+        split = manifest.config.get("split")
+        return cls(dataset.folder.url, manifest.task, manifest.run_key, train, validation, split)
 
 
 @dataclass(frozen=True)

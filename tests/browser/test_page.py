@@ -242,6 +242,41 @@ def test_a_busy_server_is_asked_again_after_the_time_that_it_names(new_page, ser
     assert asked.count(asked[0]) == len(asked)
 
 
+def test_what_was_lost_on_its_way_is_sent_again(new_page, server):
+    page = visited(new_page, server)
+    lost = [
+        lambda route: route.abort("connectionreset"),
+        lambda route: route.fulfill(status=502, body="Bad Gateway"),
+        lambda route: route.fulfill(status=200, content_type="text/event-stream", body=""),
+    ]
+    tried = []
+
+    def lose(route):
+        tried.append(route.request.post_data)
+        (lost.pop(0) if lost else lambda route: route.continue_())(route)
+
+    page.route("**/v1/explain/stream", lose)
+    cell(page, 0, 3).click()
+    expect(page.locator(".waiting")).to_have_text("The server cannot be reached; trying again in 1 s.")
+    expect(said(page)).to_have_text("the word spoken at layer 0", timeout=15_000)
+    assert len(tried) == 4 and len(set(tried)) == 1
+    expect(page.locator(".waiting")).to_be_empty()
+
+
+def test_what_takes_too_long_is_sent_again_once(new_page, server):
+    page = visited(new_page, server)
+    tried = []
+
+    def late(route):
+        tried.append(route.request.post_data)
+        route.fulfill(status=503, json={"error": {"code": "timeout", "message": "no answer within 60 s"}})
+
+    page.route("**/v1/explain/stream", late)
+    cell(page, 0, 3).click()
+    expect(page.locator("#explanation .failed span")).to_have_text("no answer within 60 s", timeout=15_000)
+    assert len(tried) == 2
+
+
 def test_failures_are_one_line_and_can_be_tried_again(new_page, server):
     page = visited(new_page, server)
     server.faults.break_stream = True
@@ -254,7 +289,7 @@ def test_failures_are_one_line_and_can_be_tried_again(new_page, server):
 
     page.context.set_offline(True)
     cell(page, 0, 4).click()
-    expect(failure).to_have_text("The server cannot be reached.")
+    expect(failure).to_have_text("The server cannot be reached.", timeout=20_000)
     page.context.set_offline(False)
     page.get_by_role("button", name="Try again").click()
     expect(said(page)).to_have_text("the word by at layer 0")

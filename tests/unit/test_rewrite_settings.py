@@ -169,3 +169,13 @@ def test_lines_of_a_plot_share_their_axes():
     assert lines_plot({"a": [(1.0, 1.0)]}, {}, False) is None
     logarithmic = lines_plot({"a": [(0.1, 0.0), (0.2, 1.0), (1.0, 10.0)]}, {}, True)
     assert logarithmic is not None and len(logarithmic.lines[0].points) == 2
+
+
+def test_a_line_far_above_the_others_leaves_the_plot():
+    lines = {"a": [(0.1, 1.0), (1.0, 2.0)], "b": [(0.1, 3.0), (1.0, 100.0)]}
+    wide, cut = lines_plot(lines, {"zero": 4.0}, False), lines_plot(lines, {"zero": 4.0}, False, highest=6.0)
+    assert wide is not None and cut is not None
+    assert not wide.is_cut and cut.is_cut
+    assert max(float(tick.label) for tick in cut.y_ticks) <= 6.3 < max(float(tick.label) for tick in wide.y_ticks)
+    assert cut.lines[1].points[0][1] > 0 > cut.lines[1].points[1][1], "b begins in the picture and ends above it"
+    assert cut.levels[0].place == pytest.approx(100 * 4 / 6.3)

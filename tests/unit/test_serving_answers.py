@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+from datetime import datetime
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ from introspect_ray.explainer.query import Query, Vector
 from introspect_ray.features.coder import SparseCoder
 from introspect_ray.features.sae import load_sae
 from introspect_ray.features.windows import window
+from introspect_ray.interventions.memory import TokenBudget
 from introspect_ray.interventions.target import Target
 from introspect_ray.models.tokens import token_text
 from introspect_ray.pocket.reader import ExactReader
-from introspect_ray.serving.api import Activations
+from introspect_ray.serving import answers
+from introspect_ray.serving.api import Activations, Failed, LatentItem, ScoreLatentItem, TokenItem
 from introspect_ray.serving.calls import Busy, Lost, Unavailable
 from introspect_ray.serving.hints import is_hint
 from introspect_ray.serving.scoring import pearson
@@ -261,6 +264,57 @@ def test_simulated_and_true_activations_are_the_librarys(ask, models, sae):
     assert given["correlation"] == pytest.approx(np.corrcoef(levels, items[1]["activations"])[0, 1])
 
 
+def test_true_activations_of_many_items_are_those_of_each(models, sae):
+    texts = [TEXT, OTHER, TEXT + OTHER, TEXT]
+    items = [
+        ScoreLatentItem(description="d", text=text, coder="sae", latent=latent)
+        for text, latent in zip(texts, (3, 5, 3, 9), strict=True)
+    ]
+    items.insert(2, items[0].model_copy(update={"latent": 99_999}))
+    found = models.target.true_activations(items)
+    assert isinstance(found.pop(2), Failed)
+    for item, one in zip((item for item in items if item.latent < 2000), found, strict=True):
+        expected = sae.encode(residuals(models.target.target, item.text)[sae.layer, 1:])[:, item.latent]
+        assert np.allclose(one.activations, expected.detach().numpy(), rtol=1e-4, atol=1e-4)
+        assert "".join(token.text for token in one.tokens) == item.text
+
+
+def test_a_request_asks_the_target_once(ask, models):
+    asked = []
+    models.before = lambda *call: asked.append(call)
+    item = {"description": "the word tower", "text": TEXT}
+    items = [{**item, "coder": "sae", "latent": latent} for latent in range(20)] + [{**item, "activations": [1.0] * 7}]
+    answers = ask("/v1/score", simulator="lexicon", items=items).json()["items"]
+    assert len(answers) == 21 and answers[0]["true"] != [1.0] * 7
+    assert sorted(method for _, method in asked) == ["simulate", "true_activations"]
+
+
+def test_vectors_do_not_keep_their_runs(models):
+    items = [TokenItem(kind="token", text=TEXT + str(number), layer=1, position=2) for number in range(3)]
+    for one in models.target.vectors(items):
+        assert one.values.base is None, "a view holds all layers and positions"
+
+
+def test_vectors_of_texts_run_in_groups_equal_those_of_each(models, monkeypatch):
+    seen = []
+    target = models.target.target
+    whole = target.clean_runs
+
+    def clean_runs(prompts):
+        seen.append(len(prompts))
+        return whole(prompts)
+
+    monkeypatch.setattr(target, "clean_runs", clean_runs)
+    monkeypatch.setattr(models.target, "_budget", TokenBudget(30, torch.device("cpu")))
+    texts = [TEXT, OTHER, TEXT + OTHER, TEXT]
+    items = [TokenItem(kind="token", text=text, layer=n % 4, position=n + 1) for n, text in enumerate(texts)]
+    found = models.target.vectors([*items, LatentItem(kind="latent", coder="sae", latent=1)])
+    assert sum(seen) == 3 and len(seen) > 1
+    for item, one in zip(items, found, strict=False):
+        expected = whole([target.encode(item.text)])[0].residuals[item.layer, item.position]
+        assert np.allclose(one.values, expected.numpy(), atol=1e-5) and one.layer == item.layer
+
+
 def test_the_lexicon_knows_the_examples(ask, config):
     examples = served_models(config).examples
     texts = [*examples.texts, *(one.text for one in (*examples.patches, *examples.ablations))]
@@ -312,6 +366,56 @@ def test_a_call_whose_replica_died_is_made_again(config, models):
     assert 'introspect_requests_total{gateway="gateway",route="/v1/explain",status="200"} 1.0' in text
 
 
+def test_what_fails_as_one_item_is_counted(config, models):
+    app = gateway(config, models)
+    body = {"explainer": "all", "kind": "ablate", "text": TEXT}
+    for span, status in (([0, 4], 200), ([5, 2], 400)):
+        assert post(app, "/v1/what_if", **body, span=span).status_code == status
+    assert post(app, "/v1/explain/stream", explainer="all", items=[{**LATENT_ITEM, "coder": "no"}]).status_code == 400
+
+    def break_off(_deployment, method):
+        if method == "piece":
+            raise Unavailable
+
+    models.before = break_off
+    assert post(app, "/v1/explain/stream", explainer="all", items=[LATENT_ITEM]).status_code == 503
+    text = app.metrics.text().decode()
+    for outcome, count in (("ok", 1), ("bad_request", 2), ("unavailable", 1)):
+        assert f'introspect_items_total{{gateway="gateway",outcome="{outcome}"}} {count}.0' in text
+
+
+def test_refused_requests_are_counted_by_route(config, models):
+    app = gateway(config, models)
+    app.draining = True
+
+    async def run():
+        async with http(app) as client:
+            for path in ("/v1/models", "/nothing", "/static/app.js"):
+                await client.get(path)
+            return (await client.get("/metrics")).text
+
+    text = asyncio.run(run())
+    for route, status in (("/v1/models", 503), ("unmatched", 503), ("/static/", 200)):
+        assert f'introspect_requests_total{{gateway="gateway",route="{route}",status="{status}"}} 1.0' in text
+
+
+def test_probes_of_anybody_ask_the_models_now_and_then(config, models, monkeypatch):
+    pings = []
+    models.before = lambda *call: pings.append(call)
+    clock = [100.0]
+    monkeypatch.setattr(answers.time, "monotonic", lambda: clock[0])
+    app = gateway(config, models)
+
+    async def run(times):
+        async with http(app) as client:
+            found = await asyncio.gather(*(client.get("/v1/ready") for _ in range(times)))
+            return {one.status_code for one in found}
+
+    assert asyncio.run(run(5)) == {200} and len(pings) == 3
+    clock[0] += 2
+    assert asyncio.run(run(1)) == {200} and len(pings) == 6
+
+
 def test_a_defect_of_ours_is_not_shown(config, models, caplog):
     def fail(_deployment, _method):
         raise ValueError("a secret detail")
@@ -328,6 +432,7 @@ def test_texts_are_logged_only_if_wanted(config, models, caplog, wanted):
     app = gateway(config.model_copy(update={"log_texts": wanted}), models)
     answer = post(app, "/v1/explain", explainer="all", items=[TOKEN_ITEM])
     (line,) = [json.loads(record.getMessage()) for record in caplog.records if "route" in record.getMessage()]
+    assert datetime.fromisoformat(line["time"]).tzinfo is not None
     assert (line["route"], line["status"], line["id"]) == ("/v1/explain", 200, answer.headers["x-request-id"])
     assert (TEXT in json.dumps(line)) is wanted
 

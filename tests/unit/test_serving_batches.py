@@ -6,6 +6,7 @@ import pytest
 
 from introspect_ray.config import BatchingConfig
 from introspect_ray.serving.batches import Batches
+from introspect_ray.serving.calls import Lost
 
 
 class Models:
@@ -18,9 +19,11 @@ class Models:
     async def run(self, key, requests):
         self.batches.append((key, requests))
         await self.free.acquire()
+        if "cancelled" in requests:
+            raise asyncio.CancelledError
         if "bad" in requests:
             raise ValueError("a bad batch")
-        return [f"{key}{request}" for request in requests]
+        return [f"{key}{request}" for request in requests if request != "short"]
 
 
 async def settled():
@@ -91,3 +94,44 @@ def test_a_failed_batch_fails_its_own_requests_and_one_that_was_left_is_not_run(
         return models.batches
 
     assert asyncio.run(run()) == [("", ["bad", 1]), ("", [3]), ("", [4, 5])]
+
+
+def test_batches_are_cut_by_items():
+    async def run():
+        models = Models()
+        batches = batches_of(models, max_size=4)
+        sizes = {"a": 2, "b": 2, "c": 1, "large": 9, "d": 3, "e": 1}
+        asked = [asyncio.ensure_future(batches.ask(name, items=items)) for name, items in sizes.items()]
+        for _ in range(4):
+            models.free.release()
+        assert await asyncio.gather(*asked) == list(sizes)
+        return [requests for _, requests in models.batches]
+
+    assert asyncio.run(run()) == [["a", "b"], ["c"], ["large"], ["d", "e"]]
+
+
+def test_an_answer_too_few_fails_its_batch_and_no_other():
+    async def run():
+        models = Models()
+        batches = batches_of(models, max_size=2)
+        asked = [asyncio.ensure_future(batches.ask(request)) for request in (1, "short", 2)]
+        models.free.release()
+        models.free.release()
+        return await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 5)
+
+    found = asyncio.run(run())
+    assert (found[0], found[2]) == ("1", "2") and isinstance(found[1], ValueError)
+
+
+def test_nobody_waits_for_batches_that_were_cancelled():
+    async def run():
+        models = Models()
+        batches = batches_of(models, max_size=2)
+        asked = [asyncio.ensure_future(batches.ask(request)) for request in (1, "cancelled", 2)]
+        models.free.release()
+        lost = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 5)
+        models.free.release()
+        return lost, await asyncio.wait_for(batches.ask(3), 5)
+
+    lost, after = asyncio.run(run())
+    assert [type(one) for one in lost] == [Lost] * 3 and after == "3"

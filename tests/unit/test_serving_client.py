@@ -90,6 +90,23 @@ def test_a_defect_is_not_sent_again(kind):
 
 
 @both
+def test_what_took_too_long_is_sent_again_once(kind):
+    late = (503, failed("timeout", "no answer within 60 s").model_dump())
+    script = Script(BUSY, late, BUSY, late, (200, {"items": [DONE]}))
+    with pytest.raises(ServiceError, match="timeout"):
+        explain(kind, script)
+    assert len(script.requests) == 4
+    script = Script(BUSY, late, BUSY, (200, {"items": [DONE]}))
+    assert explain(kind, script)[0].explanation == "the word x"
+    script = Script(late, stream(), late)
+    with pytest.raises(ServiceError, match="timeout"):
+        streamed(kind, script)
+    script = Script(*[httpx2.ReadTimeout("late")] * 2)
+    with pytest.raises(ServiceError, match="no answer: ReadTimeout"):
+        explain(kind, script)
+
+
+@both
 def test_after_the_last_try_the_error_is_raised(kind):
     script = Script(*[httpx2.ConnectError("refused")] * 4)
     with pytest.raises(ServiceError, match="no answer: ConnectError") as caught:

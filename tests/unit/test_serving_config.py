@@ -1,5 +1,6 @@
 """What a config may say, who may ask, and that the Serve config file has no key that nobody reads."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from introspect_ray.config import AuthConfig, ReplicaConfig, ServeConfig, Served
 from introspect_ray.errors import UserError
 from introspect_ray.serving import app
 from introspect_ray.serving.auth import checked_digest, is_loopback, matches, read_token, token_digest
+from introspect_ray.serving.run import CHEAPER_REQUESTS, _variables
 from introspect_ray.serving.table import served_models, with_quickstart
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,3 +134,19 @@ def test_finished_explainers_of_the_quickstart_are_served(explainer):
     assert (found.name, found.target, found.tasks) == ("feature_description", "target_a", ("feature_description",))
     assert config.quickstart is None
     assert with_quickstart(ServeConfig(quickstart=str(explainer / "nothing"))).explainers == ()
+
+
+def test_variables_of_the_start_are_gone_after_it(monkeypatch):
+    monkeypatch.setenv("SET_ALREADY", "mine")
+    monkeypatch.delenv("NOT_YET", raising=False)
+    with pytest.raises(ValueError, match="a start that fails"), _variables({"SET_ALREADY": "0", "NOT_YET": "1"}):
+        assert (os.environ["SET_ALREADY"], os.environ["NOT_YET"]) == ("mine", "1")
+        raise ValueError("a start that fails")
+    assert os.environ["SET_ALREADY"] == "mine" and "NOT_YET" not in os.environ
+
+
+def test_the_rayservice_has_the_variables_of_this_machine():
+    content = yaml.safe_load((ROOT / "k8s" / "serving" / "rayservice.yaml").read_text())["spec"]["rayClusterConfig"]
+    for group in (content["headGroupSpec"], *content["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        assert CHEAPER_REQUESTS.items() <= {one["name"]: one.get("value") for one in container["env"]}.items()

@@ -113,7 +113,13 @@ REFUSED = [
     (A, {**ACTIVATIONS, "layers": [4]}, 400),
     (A, {**ACTIVATIONS, "vectors": True, "positions": [99]}, 400),
     (A, {**ACTIVATIONS, "vectors": "yes"}, 400),
-    (A, {**ACTIVATIONS, "text": "é" * 900}, 400),
+    (A, {**ACTIVATIONS, "layers": [1, 1]}, 400),
+    (A, {**ACTIVATIONS, "layers": [0] * 30_000}, 400),
+    (A, {**ACTIVATIONS, "vectors": True, "positions": [0] * 30_000}, 400),
+    (A, {**ACTIVATIONS, "vectors": True, "positions": [2, 3, 2]}, 400),
+    (A, {**ACTIVATIONS, "layers": list(range(15_000))}, 400),
+    (A, {**ACTIVATIONS, "vectors": True, "positions": list(range(15_000))}, 400),
+    (A, {**ACTIVATIONS, "text": "é" * 900}, 413),
     # --- names are looked up, never opened
     (E, {**explain(TOKEN_ITEM), "explainer": "../../etc/passwd"}, 400),
     (E, {**explain(TOKEN_ITEM), "explainer": "/etc/passwd"}, 400),
@@ -146,6 +152,9 @@ REFUSED = [
     (W, {**ABLATE, "span": [-3, -1]}, 400),
     # --- sizes
     (E, explain(*[TOKEN_ITEM] * 9), 413),
+    (A, {**ACTIVATIONS, "text": "a " * 250}, 413),
+    (W, {**PATCH, "source_text": "a " * 250}, 413),
+    (W, {**ABLATE, "text": "a " * 250}, 413),
     (E, explain({**TOKEN_ITEM, "text": SECRET * 200}), 413),
     (M, {**SIMULATE, "items": [{"description": SECRET * 200, "text": TEXT}]}, 413),
     (E, b" " * 100_001, 413),
@@ -155,7 +164,6 @@ REFUSED = [
 FAILED_ITEMS = [
     (E, explain({**TOKEN_ITEM, "layer": 4}), "items.0.layer"),
     (E, explain({**TOKEN_ITEM, "position": 400}), "items.0.position"),
-    (E, explain({**TOKEN_ITEM, "text": "é" * 900}), "items.0.text"),
     (E, explain({**VECTOR_ITEM, "vector": [0.5] * 159}), "items.0.vector"),
     (E, explain({**VECTOR_ITEM, "vector": [1e39] * 160}), "items.0.vector"),
     (E, explain({**VECTOR_ITEM, "layer": 4}), "items.0.layer"),
@@ -177,6 +185,13 @@ ODD_TEXTS = [
     "{vector} {layer} {text} {{ bos_token }} %s ${x}",
     "'; DROP TABLE explainers; --",
     "<script>alert(1)</script>",
+]
+
+
+TOO_LONG = [
+    (E, explain({**TOKEN_ITEM, "text": "é" * 900}), "items.0.text"),
+    (M, {**SIMULATE, "items": [{"description": "x", "text": "a " * 250}]}, "items.0.text"),
+    (C, {**SCORE, "items": [{**SCORE["items"][0], "text": "a " * 250}]}, "items.0.text"),
 ]
 
 
@@ -214,12 +229,15 @@ def test_bad_requests_are_refused_in_one_line(app, caplog, path, body, status):
     assert not any(LEAKS.search(record.getMessage()) for record in caplog.records)
 
 
-@pytest.mark.parametrize(("path", "body", "field"), FAILED_ITEMS)
-def test_a_bad_item_fails_by_itself(app, path, body, field):
+@pytest.mark.parametrize(
+    ("path", "body", "field", "code"),
+    [(*one, "bad_request") for one in FAILED_ITEMS] + [(*one, "too_large") for one in TOO_LONG],
+)
+def test_a_bad_item_fails_by_itself(app, path, body, field, code):
     answer = post(app, path, body)
     assert answer.status_code == 200, answer.text
     (item,) = answer.json()["items"]
-    assert item["error"]["code"] == "bad_request" and item["error"]["field"] == field
+    assert item["error"]["code"] == code and item["error"]["field"] == field
     check_error(item["error"])
 
 
@@ -307,6 +325,52 @@ def test_a_body_of_unknown_length_is_cut_off(app):
     assert answer.status_code == 413
 
 
+def test_bodies_of_what_is_open_to_all_are_not_read(app):
+    read = []
+
+    async def drip():
+        for number in range(100):
+            read.append(number)
+            yield b" "
+            await asyncio.sleep(0.1)
+
+    for path in ("/v1/health", "/openapi.json", "/nothing"):
+        answer = ask(app, "GET", path, None, content=drip())
+        assert answer.status_code == (401 if path == "/nothing" else 200)
+    assert not read
+
+
+def test_who_has_no_token_shuts_nobody_out(app, monkeypatch):
+    """As many of them as there are places, all with answers that do not end."""
+    monkeypatch.setattr(app, "limits", app.limits.model_copy(update={"in_flight": 1}))
+    held = asyncio.Event()
+
+    async def hold(*_):
+        await held.wait()
+
+    def scope(path):
+        headers = [(b"host", b"localhost")]
+        return {"type": "http", "method": "GET", "path": path, "headers": headers, "state": {}, "http_version": "1.1"}
+
+    async def run():
+        unread = [
+            asyncio.ensure_future(app(scope(path), hold, hold))
+            for path in ("/v1/health", "/v1/models", "/")
+            for _ in "ab"
+        ]
+        await asyncio.sleep(0.05)
+        async with http(app, headers={"authorization": f"Bearer {TOKEN}"}) as client:
+            statuses = [(await client.get(path)).status_code for path in ("/v1/models", "/metrics")]
+        held.set()
+        for one in unread:
+            one.cancel()
+        await asyncio.gather(*unread, return_exceptions=True)
+        return statuses
+
+    assert asyncio.run(asyncio.wait_for(run(), 20)) == [200, 200]
+    assert app.in_flight == 0
+
+
 def test_answers_fit_the_openapi_document(app):
     schema = schemathesis.openapi.from_dict(ask(app, "GET", "/openapi.json").json())
     seen = set()
@@ -336,4 +400,4 @@ def test_answers_fit_the_openapi_document(app):
 
 
 def test_there_are_enough_of_them():
-    assert len(REFUSED) + len(FAILED_ITEMS) + len(ODD_TEXTS) >= 60
+    assert len(REFUSED) + len(FAILED_ITEMS) + len(TOO_LONG) + len(ODD_TEXTS) >= 60

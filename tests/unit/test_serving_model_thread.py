@@ -7,12 +7,19 @@ import time
 import pytest
 
 from introspect_ray.serving.api import Failed
+from introspect_ray.serving.calls import Lost
 from introspect_ray.serving.model_thread import ModelThread, by_request
 
 
 @pytest.fixture
-def thread():
-    return ModelThread()
+def ended():
+    """One entry for each time that the process was to end."""
+    return []
+
+
+@pytest.fixture
+def thread(ended):
+    return ModelThread(end=lambda: ended.append(True))
 
 
 def test_calls_run_one_after_the_other_and_off_the_loop(thread):
@@ -31,7 +38,7 @@ def test_calls_run_one_after_the_other_and_off_the_loop(thread):
     assert len(threads) == 1 and threads != {threading.current_thread()}
 
 
-def test_what_a_batch_cannot_do_its_requests_do_alone(thread):
+def test_what_a_batch_cannot_do_its_requests_do_alone(thread, ended):
     calls = []
 
     def doubled(items):
@@ -44,7 +51,7 @@ def test_what_a_batch_cannot_do_its_requests_do_alone(thread):
     assert calls[0] == ["a", "b", "bad", "c", "d"]
     assert [found[0], found[2], found[3]] == [["aa", "bb"], [], ["dd"]]
     assert [type(one) for one in found[1]] == [Failed, Failed] and found[1][0].error.code == "internal"
-    thread.check()
+    assert not ended
 
 
 def test_one_request_fails_as_it_is(thread):
@@ -55,12 +62,23 @@ def test_one_request_fails_as_it_is(thread):
         asyncio.run(thread.run_batch(call, [["a"]]))
 
 
-def test_a_lost_gpu_makes_the_replica_unhealthy(thread):
-    def call():
+@pytest.mark.parametrize("requests", [[["a"]], [["a"], ["b"]]])
+def test_a_failed_device_ends_the_process_and_its_calls_are_lost(thread, ended, requests):
+    calls = []
+
+    def call(items):
+        calls.append(items)
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    thread.check()
-    with pytest.raises(RuntimeError):
-        asyncio.run(thread.run(call))
-    with pytest.raises(RuntimeError, match="context is lost"):
-        thread.check()
+    with pytest.raises(Lost):
+        asyncio.run(thread.run_batch(call, requests))
+    assert ended == [True] and len(calls) == 1, "nothing more is tried on that device"
+
+
+def test_a_failure_of_the_only_request_of_a_failed_batch_may_be_the_devices(thread, ended):
+    def call(items):
+        raise RuntimeError("CUDA error: device-side assert" if len(items) == 1 else "CUDA out of memory")
+
+    with pytest.raises(Lost):
+        asyncio.run(thread.run_batch(call, [["a"], ["b"]]))
+    assert ended == [True]

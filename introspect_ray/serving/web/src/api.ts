@@ -44,19 +44,23 @@ export interface Simulated { tokens: Token[]; activations: number[] }
 
 /** A request that failed, in one line for people. */
 export class ApiError extends Error {
-  constructor(readonly code: string, message: string, readonly retryAfter = 1) { super(message); }
+  /** `again`: whether the same request may be answered in a moment. */
+  constructor(readonly code: string, message: string, readonly retryAfter = 1, readonly again = false) { super(message); }
 
   /** Whether the same request would only fail again. */
   get isFinal(): boolean {
     return ["bad_request", "not_found", "too_large"].includes(this.code);
   }
 
-  static of(problem: Problem, retryAfter?: number): ApiError {
-    return new ApiError(problem.code, problem.field ? `${problem.message} (${problem.field})` : problem.message, retryAfter);
+  static of(problem: Problem, retryAfter?: number, again?: boolean): ApiError {
+    const message = problem.field ? `${problem.message} (${problem.field})` : problem.message;
+    return new ApiError(problem.code, message, retryAfter, again);
   }
 }
 
 const TRIES = 6;
+/** Of a request that takes the server longer than it may: each one costs as much again. */
+const TRIES_IN_TIME = 2;
 const LONGEST_PAUSE_SECONDS = 30;
 const TOKEN_KEY = "introspect_ray.token";
 
@@ -76,11 +80,9 @@ export function giveToken(given: string): void {
   tokenGiven = Promise.withResolvers<void>();
 }
 
-export const get = async <T>(path: string, signal: AbortSignal): Promise<T> =>
-  (await send(path, undefined, signal)).json();
+export const get = <T>(path: string, signal: AbortSignal): Promise<T> => ask(path, undefined, signal);
 
-export const post = async <T>(path: string, body: object, signal: AbortSignal): Promise<T> =>
-  (await send(path, body, signal)).json();
+export const post = <T>(path: string, body: object, signal: AbortSignal): Promise<T> => ask(path, body, signal);
 
 /** One item of a batch; its own failure is thrown. */
 export async function postOne<T extends object>(path: string, body: object, item: object, signal: AbortSignal): Promise<T> {
@@ -93,13 +95,24 @@ export async function postOne<T extends object>(path: string, body: object, item
 
 /** An explanation as it is written: `said` hears every piece; the whole is returned. */
 export async function stream(body: object, said: (piece: string) => void, signal: AbortSignal): Promise<string> {
-  const response = await send("explain/stream", body, signal);
-  for await (const { event, data } of events(response.body!)) {
-    if (event === "token") said(data.text);
-    if (event === "done") return data.explanation;
-    if (event === "error") throw ApiError.of(data.error ?? data);
-  }
-  throw new ApiError("unavailable", "The explanation broke off.");
+  return again(async () => {
+    const response = await send("explain/stream", body, signal);
+    let begun = false;
+    try {
+      for await (const { event, data } of events(response.body!)) {
+        if (event === "done") return data.explanation as string;
+        if (event === "error") throw ApiError.of(data.error ?? data);
+        if (event === "token") {
+          begun = true;
+          said(data.text);
+        }
+      }
+    } catch (error) {
+      if (error instanceof ApiError || signal.aborted) throw error;
+      throw new ApiError("unavailable", "The explanation broke off.", 1, !begun);
+    }
+    throw new ApiError("unavailable", "The explanation broke off.", 1, !begun);
+  }, signal);
 }
 
 async function* events(body: ReadableStream<BufferSource>): AsyncGenerator<{ event: string; data: any }> {
@@ -123,42 +136,68 @@ async function* events(body: ReadableStream<BufferSource>): AsyncGenerator<{ eve
   }
 }
 
-async function send(path: string, body: object | undefined, signal: AbortSignal): Promise<Response> {
-  for (let tried = 1; ; tried++) {
-    const used = token;
-    const response = await fetch(`v1/${path}`, {
-      method: body ? "POST" : "GET",
-      headers: { ...(body && { "Content-Type": "application/json" }), ...(used && { Authorization: `Bearer ${used}` }) },
-      body: body && JSON.stringify(body),
-      signal,
-    }).catch((error) => {
-      throw signal.aborted ? error : new ApiError("unreachable", "The server cannot be reached.");
+function ask<T>(path: string, body: object | undefined, signal: AbortSignal): Promise<T> {
+  return again(async () => {
+    const response = await send(path, body, signal);
+    return response.json().catch((error) => {
+      throw signal.aborted ? error : new ApiError("unavailable", "The answer broke off.", 1, true);
     });
-    if (response.ok) return response;
-    const error = await errorOf(response);
-    if (response.status === 401) {
-      tried = 0;
-      if (used !== token) continue;
-      tokenWanted.value = used ? "The server does not accept this token." : "This server asks for a token.";
-      await unlessAborted(tokenGiven.promise, signal);
-    } else if (response.status === 503 && tried < TRIES) {
-      await pause(error.retryAfter, signal);
-    } else throw error;
+  }, signal);
+}
+
+/** What `attempt` gives, made again while that may help: every request only reads. */
+async function again<T>(attempt: () => Promise<T>, signal: AbortSignal): Promise<T> {
+  let tried = 0;
+  let late = 0;
+  for (;;) {
+    const used = token;
+    try {
+      return await attempt();
+    } catch (error) {
+      if (!(error instanceof ApiError)) throw error;
+      tried += 1;
+      if (error.code === "timeout") late += 1;
+      if (error.code === "unauthorized") {
+        tried = 0;
+        if (used !== token) continue;
+        tokenWanted.value = used ? "The server does not accept this token." : "This server asks for a token.";
+        await unlessAborted(tokenGiven.promise, signal);
+      } else if (error.again && tried < TRIES && late < TRIES_IN_TIME) {
+        await pause(error, signal);
+      } else throw error;
+    }
   }
+}
+
+async function send(path: string, body: object | undefined, signal: AbortSignal): Promise<Response> {
+  const response = await fetch(`v1/${path}`, {
+    method: body ? "POST" : "GET",
+    headers: { ...(body && { "Content-Type": "application/json" }), ...(token && { Authorization: `Bearer ${token}` }) },
+    body: body && JSON.stringify(body),
+    signal,
+  }).catch((error) => {
+    throw signal.aborted ? error : new ApiError("unreachable", "The server cannot be reached.", 1, true);
+  });
+  if (response.ok) return response;
+  throw await errorOf(response);
 }
 
 async function errorOf(response: Response): Promise<ApiError> {
   const seconds = Number(response.headers.get("Retry-After") ?? 1);
   const retryAfter = Math.min(Number.isFinite(seconds) ? seconds : 1, LONGEST_PAUSE_SECONDS);
   try {
-    return ApiError.of((await response.json()).error, retryAfter);
+    return ApiError.of((await response.json()).error, retryAfter, response.status === 503);
   } catch {
-    return new ApiError("unavailable", `The server answered ${response.status} and did not say why.`, retryAfter);
+    // Not ours: so what stands before the server says that it died under the request, or is not there.
+    const message = `The server answered ${response.status} and did not say why.`;
+    const code = response.status === 401 ? "unauthorized" : "unavailable";
+    return new ApiError(code, message, retryAfter, response.status >= 500);
   }
 }
 
-async function pause(seconds: number, signal: AbortSignal): Promise<void> {
-  waiting.value = `The server is busy; trying again in ${seconds} s.`;
+async function pause({ code, retryAfter }: ApiError, signal: AbortSignal): Promise<void> {
+  const seconds = retryAfter;
+  waiting.value = `The server ${code === "unreachable" ? "cannot be reached" : "is busy"}; trying again in ${seconds} s.`;
   const { promise, resolve } = Promise.withResolvers<void>();
   const timer = setTimeout(resolve, 1000 * seconds);
   try {
