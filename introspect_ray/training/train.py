@@ -107,6 +107,13 @@ def run_workers(
             raise RunFailed(str(error)) from error
 
 
+class _Trainer(TorchTrainer):
+    """Ctrl-C stays KeyboardInterrupt: Ray's handler takes its time, and ends with status 1 and without a word."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Ray calls this before it waits for the run."""
+
+
 class _WorkersLost(RunFailed):
     """Workers failed more often than one attempt allows."""
 
@@ -136,7 +143,7 @@ def _fit(run: Run, notices: Any, loop: Callable[[dict[str, Any]], None]) -> dict
     name = uuid.uuid4().hex
     least, most = _least_workers(trainer), trainer.num_workers
     size = most if least == most else (least, most)
-    torch_trainer = TorchTrainer(
+    torch_trainer = _Trainer(
         loop,
         train_loop_config={**run.to_json(), "notices": notices},
         scaling_config=ScalingConfig(

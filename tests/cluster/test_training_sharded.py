@@ -209,3 +209,24 @@ def test_killed_driver_goes_on_to_the_same_weights(folder, undisturbed):
     assert done.returncode == 0, done.stderr
     assert "goes on from the checkpoint of step" in done.stderr
     check_equal(run, undisturbed["full"])
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_one_line(folder):
+    """In a driver of its own, which may hear of Ctrl-C: what a shell starts in the background does not."""
+    config = config_of(folder, "interrupted", "full", optimization__steps=400)
+    (folder / "interrupted.yaml").write_text(as_yaml(config))
+    started = "import signal, runpy, sys; signal.signal(signal.SIGINT, signal.default_int_handler); del sys.argv[0]; "
+    started += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", started, str(JOB), "--config", str(folder / "interrupted.yaml")]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    driver = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + START_LIMIT_S
+    while not list((folder / "interrupted" / "checkpoints").glob("step_*/state.json")):
+        assert time.monotonic() < deadline and driver.poll() is None
+        time.sleep(0.01)
+    driver.send_signal(signal.SIGINT)
+    said = driver.communicate(timeout=START_LIMIT_S)[1]
+    assert driver.returncode == 130 and said.rstrip().endswith("interrupted; the same command continues"), said

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ray.train.torch import TorchTrainer
 from safetensors.torch import load_file
 from training_helpers import train_config, write_dataset
 
@@ -15,7 +16,7 @@ from introspect_ray.training.loop import fit, fit_or_record
 from introspect_ray.training.metrics import MetricsLog, read_metrics
 from introspect_ray.training.run import prepare
 from introspect_ray.training.step import Stepper
-from introspect_ray.training.train import Summary
+from introspect_ray.training.train import Summary, _Trainer
 from introspect_ray.training.validation import Evaluator
 from introspect_ray.training.workers import Workers
 
@@ -231,3 +232,9 @@ def test_only_rank_0_says_what_was_lost(tmp_path, monkeypatch):
     scripted(monkeypatch, {2: 0.5, 4: 0.1, 6: 0.1})
     results = fit(begun(tmp_path, "out", evaluation__every=2), Workers(1, 1), pytest.fail)
     assert (results["best_step"], results["exported_step"]) == (2, STEPS)
+
+
+def test_ray_train_asks_the_method_that_keeps_its_hands_off_ctrl_c():
+    """It is no public one: should a release of Ray lose it, Ctrl-C would end training with status 1 and no word."""
+    assert callable(getattr(TorchTrainer, "_register_sigint_handler", None))
+    assert "_register_sigint_handler" in vars(_Trainer)
