@@ -33,7 +33,7 @@ demo: $(STAMP)
 	$(BIN)/python jobs/quickstart.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(TWICE) tests/unit
+	$(BIN)/python -m pytest $(TWICE) $(AGAIN) tests/unit
 	$(BIN)/python -m pytest $(TWICE) $(AGAIN) -m "not slow and not alone" --durations=12 tests/k8s tests/browser tests/cluster tests/gpu
 	$(BIN)/python -m pytest $(TWICE) $(AGAIN) -m alone tests/cluster
 
@@ -41,7 +41,7 @@ slow: $(STAMP)
 	$(BIN)/python -m pytest $(AGAIN) -m slow tests/cluster
 
 unit: $(STAMP)
-	$(BIN)/python -m pytest $(TWICE) tests/unit
+	$(BIN)/python -m pytest $(TWICE) $(AGAIN) tests/unit
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
